@@ -1,0 +1,49 @@
+"""An asyncio-native checkpoint engine for PyTorch training.
+
+    async with aiockpt.CheckpointEngine("runs/gpt") as engine:
+        await engine.create("step-100")
+        await engine.save(model.state_dict(), "model.pt")
+        optimizer.step()                     # waits for the copy, not for the disk
+        await engine.commit("step-100")      # durable, published atomically
+
+The files are real `torch.save` (or safetensors) files: any tool opens them.
+"""
+
+__all__ = [
+    "CheckpointEngine",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "CommitReport",
+    "CorruptCheckpointError",
+    "EngineConfig",
+    "EngineStateError",
+    "InvalidArgumentError",
+    "KeepEvery",
+    "KeepLast",
+    "PeerError",
+    "SaveHandle",
+    "StagingError",
+    "StorageError",
+    "TagInfo",
+    "TornSnapshotError",
+    "load",
+    "save",
+]
+
+from aiockpt.config import EngineConfig
+from aiockpt.engine import CheckpointEngine, SaveHandle
+from aiockpt.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    EngineStateError,
+    InvalidArgumentError,
+    PeerError,
+    StagingError,
+    StorageError,
+    TornSnapshotError,
+)
+from aiockpt.events import CommitReport
+from aiockpt.manifest import TagInfo
+from aiockpt.onefile import load, save
+from aiockpt.retention import KeepEvery, KeepLast

@@ -1,0 +1,104 @@
+"""What an engine can be told, and how mappings become it."""
+
+__all__ = ["GIB", "MIB", "EngineConfig"]
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from aiockpt.errors import InvalidArgumentError
+from aiockpt.retention import RetentionPolicy
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+# Blocks of a DeepSpeed configuration that may hold ours.
+_BLOCKS = ("aiockpt", "datastates_ckpt")
+_MIN_RING_BYTES = 8 * MIB
+_MAX_RING_GIB = 1 << 20
+_MAX_THREADS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine.
+
+    Attributes:
+        host_cache_size: Host memory for the ring, in GiB (at least 8 MiB). It is
+            taken from the system as it is first needed.
+        parser_threads: Worker threads that checksum and write (and load).
+        guard: Whether torch optimizers wait in `step()` until what is being staged
+            has been staged. Without it a step that comes too early fails the tag.
+        retention: Policies asked after each commit; a tag that none of them keeps
+            is deleted. Empty keeps everything.
+    """
+
+    host_cache_size: float = 2.0
+    parser_threads: int = 4
+    guard: bool = True
+    retention: Sequence[RetentionPolicy] = ()
+
+    def __post_init__(self) -> None:
+        _check_number("host_cache_size", self.host_cache_size)
+        if not _MIN_RING_BYTES / GIB <= self.host_cache_size <= _MAX_RING_GIB:
+            raise InvalidArgumentError(
+                f"host_cache_size is in GiB and at least {_MIN_RING_BYTES / GIB} "
+                f"(8 MiB), not {self.host_cache_size}"
+            )
+        threads = self.parser_threads
+        if isinstance(threads, bool) or not isinstance(threads, int):
+            message = f"parser_threads is a whole number, not {threads!r}"
+            raise InvalidArgumentError(message)
+        if not 1 <= threads <= _MAX_THREADS:
+            message = f"parser_threads is between 1 and {_MAX_THREADS}, not {threads}"
+            raise InvalidArgumentError(message)
+        if not isinstance(self.guard, bool):
+            message = f"guard is True or False, not {self.guard!r}"
+            raise InvalidArgumentError(message)
+
+    @property
+    def ring_bytes(self) -> int:
+        """The ring's size in bytes, a whole number of MiB."""
+        return int(self.host_cache_size * GIB) // MIB * MIB
+
+    @classmethod
+    def parse(cls, config: Self | Mapping[str, object] | None) -> Self:
+        """An `EngineConfig` from itself, a mapping of its fields, or None.
+
+        A mapping with an `"aiockpt"` or `"datastates_ckpt"` entry (a DeepSpeed
+        configuration) is read from that entry, the rest of it ignored.
+
+        Raises:
+            InvalidArgumentError: An unknown key (the nearest known one is named),
+                or a value out of range.
+        """
+        if config is None:
+            return cls()
+        if isinstance(config, cls):
+            return config
+        if not isinstance(config, Mapping):
+            message = f"config is an EngineConfig or a mapping, not {type(config)}"
+            raise InvalidArgumentError(message)
+        block = next((config[name] for name in _BLOCKS if name in config), config)
+        if not isinstance(block, Mapping):
+            message = f"the configuration block is a mapping, not {block!r}"
+            raise InvalidArgumentError(message)
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in block:
+            if key not in known:
+                raise InvalidArgumentError(_unknown_key(key, known))
+        return cls(**block)
+
+
+def _check_number(name: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):  # type: ignore[arg-type]
+        raise InvalidArgumentError(f"{name} is a number of GiB, not {value!r}")
+
+
+def _unknown_key(key: object, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0)
+    return f"unknown config key {key!r}; did you mean {nearest[0]!r}?"

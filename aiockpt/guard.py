@@ -1,0 +1,106 @@
+"""Keeps optimizers away from tensors that are being staged.
+
+A torch optimizer changes tensors in `step()`. A process-wide step pre-hook makes
+it wait until what was being staged has been staged; where that is not wanted, the
+hook notes which saves a step came too early for (fused optimizers do not touch
+the version counters by which other changes are found).
+"""
+
+__all__ = ["StagingGate"]
+
+import threading
+from collections.abc import Iterable
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from aiockpt.capture import Capture
+
+
+class Staging(Protocol):
+    """A save whose sources are being copied.
+
+    Attributes:
+        capture: What is being copied.
+        was_stepped: Set where an optimizer step may have changed it too early.
+        stall_s: Seconds that callers have been held for it.
+    """
+
+    capture: Capture
+    was_stepped: bool
+    stall_s: float
+
+
+class StagingGate:
+    """The saves being staged, and those who wait for them. Used from any thread."""
+
+    def __init__(self, *, is_holding: bool) -> None:
+        """With `is_holding`, `step()` waits; without, it is only watched."""
+        self._is_holding = is_holding
+        self._staging: dict[int, Staging] = {}
+        self._changed = threading.Condition()
+        self._hook = register_optimizer_step_pre_hook(self._before_step)
+
+    def enter(self, save: Staging) -> None:
+        """From now on the sources of `save` must not change."""
+        with self._changed:
+            self._staging[id(save)] = save
+
+    def leave(self, save: Staging) -> None:
+        """The sources of `save` are free. Idempotent; may block for a moment."""
+        with self._changed:
+            self._staging.pop(id(save), None)
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Blocks the thread until everything that is being staged now has been."""
+        if not self._staging:
+            return
+        start = perf_counter()
+        with self._changed:
+            waited = list(self._staging.values())
+            while any(id(save) in self._staging for save in waited):
+                self._changed.wait()
+        for save in waited:
+            # Shared among the saves, so that the tag's sum is the time once.
+            save.stall_s += (perf_counter() - start) / len(waited)
+
+    def close(self) -> None:
+        """Takes the hook out of torch and lets everyone through."""
+        self._hook.remove()
+        with self._changed:
+            self._staging.clear()
+            self._changed.notify_all()
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any
+    ) -> None:
+        if not self._staging:
+            return
+        if self._is_holding:
+            self.wait()
+            return
+        touched = _storage_ptrs(optimizer)
+        with self._changed:
+            for save in self._staging.values():
+                if touched & save.capture.storage_ptrs():
+                    save.was_stepped = True
+
+
+def _storage_ptrs(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {
+        tensor.untyped_storage().data_ptr()
+        for tensor in _tensors(optimizer)
+        if tensor.layout is torch.strided and tensor.device.type != "meta"
+    }
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                yield value

@@ -1,0 +1,120 @@
+"""The parts of an engine that must be started and ended together.
+
+One loop thread, its workers, the ring, the ports and the saver. They begin when
+the machinery is made and end, in the reverse order, when it is stopped.
+"""
+
+__all__ = ["Machinery"]
+
+import contextlib
+import logging
+import os
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from aiockpt.config import EngineConfig
+from aiockpt.errors import EngineStateError
+from aiockpt.events import Event, Observer
+from aiockpt.guard import StagingGate
+from aiockpt.ring import Ring
+from aiockpt.saver import Saver
+from aiockpt.staging.host import HostStager
+from aiockpt.storage.base import Storage
+from aiockpt.storage.local import LocalStorage
+from aiockpt.threads import Call, LoopThread, WorkerPool
+
+T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
+
+# Planning and catalog work: one long plan must not hold up a short look-up.
+_NUM_PLANNERS = 2
+# One: chunks are then filled in the order in which they were asked for, and one
+# core copies faster than most disks take the bytes.
+_NUM_COPIERS = 1
+
+
+class Machinery:
+    """The running parts of one engine.
+
+    Attributes:
+        ring: Host memory for staging.
+        gate: What is being staged, and who waits for it.
+        planners: Threads for planning and catalog work.
+        workers: `parser_threads` threads that checksum, write and read.
+        storage: The root's files.
+        saver: Saves files with all of these.
+    """
+
+    def __init__(
+        self, root: str, config: EngineConfig, observers: Sequence[Observer]
+    ) -> None:
+        """Starts the loop's thread; workers and memory come as they are needed."""
+        self._observers = observers
+        self._pid = os.getpid()
+        self.ring = Ring(config.ring_bytes)
+        self.gate = StagingGate(is_holding=config.guard)
+        self.planners = WorkerPool(_NUM_PLANNERS, "aiockpt-plan")
+        self._copiers = WorkerPool(_NUM_COPIERS, "aiockpt-copy")
+        self.workers = WorkerPool(config.parser_threads, "aiockpt-worker")
+        self.storage: Storage = LocalStorage(root, self.workers)
+        self.saver = Saver(
+            ring=self.ring,
+            stager=HostStager(self._copiers),
+            storage=self.storage,
+            gate=self.gate,
+            planners=self.planners,
+            copiers=self._copiers,
+            emit=self.emit,
+        )
+        self._thread = LoopThread("aiockpt-engine", self._end)
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a copy in a forked child, where no thread runs."""
+        return os.getpid() != self._pid
+
+    @property
+    def is_current_thread(self) -> bool:
+        """Whether the caller runs on the engine's own thread."""
+        return self._thread.is_current
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> Call[T]:
+        """Runs a coroutine on the engine's loop; from any thread, without waiting.
+
+        Raises:
+            EngineStateError: The machinery has been stopped.
+        """
+        try:
+            return self._thread.spawn(work)
+        except RuntimeError as error:
+            raise EngineStateError("the engine has been closed") from error
+
+    def emit(self, event: Event) -> None:
+        """Tells every observer; what one raises is logged and goes no further."""
+        for observer in self._observers:
+            try:
+                observer(event)
+            except Exception:
+                _logger.exception("an observer failed on %s", type(event).__name__)
+
+    def stop(self) -> None:
+        """Ends everything once the tasks have ended; returns at once. Idempotent."""
+        self._thread.stop()
+
+    async def ended(self) -> None:
+        """Returns when everything has ended, on any event loop."""
+        await self._thread.ended()
+
+    def join(self) -> None:
+        """Blocks until everything has ended."""
+        self._thread.join()
+
+    def _end(self) -> None:
+        for pool in (self.planners, self._copiers, self.workers):
+            pool.shutdown()
+        self.gate.close()
+        # A traceback that is still referred to may hold a view of the ring; its
+        # memory then goes with the traceback.
+        with contextlib.suppress(BufferError):
+            self.ring.close()

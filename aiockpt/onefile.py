@@ -1,0 +1,170 @@
+"""One file in, one file out: no tags, the same promises.
+
+A save goes to a temporary file beside the target, is synced, and takes the
+target's place by a rename, so the target is the old file or the new one, whole.
+"""
+
+__all__ = ["load", "load_blocking", "save", "save_blocking"]
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+from aiockpt.capture import capture
+from aiockpt.config import MIB, EngineConfig
+from aiockpt.errors import InvalidArgumentError
+from aiockpt.loader import load_file
+from aiockpt.machinery import Machinery
+from aiockpt.saver import FileSave
+from aiockpt.storage.local import LocalStorage
+from aiockpt.threads import WorkerPool, outlast, run_blocking
+
+# Enough to keep the workers busy; a save that is awaited gains nothing from more.
+_CONFIG = EngineConfig(host_cache_size=128 * MIB / (1 << 30))
+
+
+async def save(
+    obj: object,
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Saves `obj` as the file `path`; when it returns, the file is durable.
+
+    Args:
+        obj: Anything that `torch.save` takes; for a `.safetensors` path, a flat dict
+            of dense tensors. It is captured before this first suspends; its tensors
+            must not change until it returns.
+        path: Where to; replaced atomically if it exists.
+        metadata: Text for a `.safetensors` header.
+
+    Raises:
+        InvalidArgumentError: `obj` cannot be captured, or not be held by the container.
+        TornSnapshotError: A tensor changed meanwhile.
+        StorageError: The file system refused; the old file, if any, is untouched.
+
+    If cancelled: nothing happened, or the file has been replaced.
+    """
+    machinery, work = _begin_save(obj, path, metadata)
+    try:
+        await machinery.spawn(work).wait()
+    finally:
+        machinery.stop()
+        await machinery.ended()
+
+
+def save_blocking(
+    obj: object,
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """`save` for callers that block."""
+    machinery, work = _begin_save(obj, path, metadata)
+    try:
+        machinery.spawn(work).result()
+    finally:
+        machinery.stop()
+        machinery.join()
+
+
+def _begin_save(
+    obj: object, path: str | os.PathLike[str], metadata: Mapping[str, str] | None
+) -> tuple[Machinery, Any]:
+    directory, name = os.path.split(os.path.abspath(path))
+    if not name or not os.fspath(path) or os.fspath(path).endswith("/"):
+        raise InvalidArgumentError(f"{os.fspath(path)!r} does not name a file")
+    job = FileSave("", name, capture(obj), metadata)
+    machinery = Machinery(directory, _CONFIG, ())
+    machinery.gate.enter(job)
+    return machinery, _save(machinery, job)
+
+
+async def _save(machinery: Machinery, job: FileSave) -> None:
+    storage = machinery.storage
+    temporary = f".{job.path}.{secrets.token_hex(8)}"
+    try:
+        try:
+            await machinery.saver.run(job, temporary, 0)
+        finally:
+            await machinery.saver.release(job)
+        await outlast(_replace(machinery, temporary, job.path))
+    except BaseException:
+        await run_blocking(machinery.planners, storage.remove, temporary)
+        raise
+
+
+async def _replace(machinery: Machinery, temporary: str, name: str) -> None:
+    storage = machinery.storage
+    await run_blocking(machinery.planners, storage.replace, temporary, name)
+    await run_blocking(machinery.planners, storage.sync_dir, "")
+
+
+async def load(
+    path: str | os.PathLike[str],
+    map_location: Any = None,
+    *,
+    weights_only: bool = True,
+    verify: bool = True,
+    into: Any = None,
+    keys: Sequence[str] | None = None,
+    mmap: bool = False,
+) -> Any:
+    """Loads one file: aiockpt's, `torch.save`'s (torch 2.0 or later), or safetensors.
+
+    See `CheckpointEngine.load` for the arguments.
+
+    Raises:
+        CheckpointNotFoundError: No such file.
+        CorruptCheckpointError: It is no checkpoint, or its checksums do not hold.
+        InvalidArgumentError: `into` does not match, or arguments clash.
+
+    If cancelled: reading ends with the thread that does it; nothing is returned.
+    """
+    pool = WorkerPool(1, "aiockpt-load")
+    try:
+        return await run_blocking(
+            pool,
+            load_blocking,
+            path,
+            map_location,
+            weights_only=weights_only,
+            verify=verify,
+            into=into,
+            keys=keys,
+            mmap=mmap,
+        )
+    finally:
+        pool.shutdown(wait=False)
+
+
+def load_blocking(
+    path: str | os.PathLike[str],
+    map_location: Any = None,
+    *,
+    weights_only: bool = True,
+    verify: bool = True,
+    into: Any = None,
+    keys: Sequence[str] | None = None,
+    mmap: bool = False,
+) -> Any:
+    """`load` for callers that block."""
+    # The path is the caller's word, not a file's: links in it are followed.
+    directory, name = os.path.split(os.path.realpath(path))
+    storage = LocalStorage(directory, _NO_WORKERS)
+    with closing(storage.open_read(name)) as file:
+        return load_file(
+            file,
+            map_location=map_location,
+            weights_only=weights_only,
+            verify=verify,
+            into=into,
+            keys=keys,
+            mmap=mmap,
+        )
+
+
+# Reading a file in the caller's own thread takes none.
+_NO_WORKERS = WorkerPool(1, "aiockpt-unused")

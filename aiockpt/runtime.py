@@ -1,0 +1,373 @@
+"""One running engine: its machinery, its open tags, and what can be asked of it.
+
+Doors (`engine`, `sync`) hand it coroutines to run, and wait for them each in its
+own way; nothing here knows which door was used. The methods of the first part may
+be called from any thread; coroutines run on the engine's loop only, through
+`spawn`.
+"""
+
+__all__ = ["LoadOptions", "Runtime", "raise_untold"]
+
+import asyncio
+import atexit
+import logging
+import os
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, ParamSpec, TypeVar
+
+from aiockpt.attempt import Attempt, Means
+from aiockpt.capture import capture
+from aiockpt.catalog import Catalog
+from aiockpt.config import EngineConfig
+from aiockpt.errors import CheckpointError, EngineStateError
+from aiockpt.events import CommitReport, Observer
+from aiockpt.loader import load_file
+from aiockpt.machinery import Machinery
+from aiockpt.manifest import TagInfo, check_path, check_tag
+from aiockpt.ranks.base import Ranks
+from aiockpt.ranks.single import SingleRank
+from aiockpt.retention import expired
+from aiockpt.saver import FileSave
+from aiockpt.threads import Call, outlast, run_blocking
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How to load a file; see `CheckpointEngine.load`."""
+
+    map_location: Any = None
+    weights_only: bool = True
+    verify: bool = True
+    into: Any = None
+    keys: Sequence[str] | None = None
+    mmap: bool = False
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
+
+
+class Runtime:
+    """One running engine, whichever door leads to it.
+
+    Attributes:
+        root: The directory of the tags, absolute.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        config: EngineConfig,
+        ranks: Ranks | None,
+        observers: Sequence[Observer],
+    ) -> None:
+        """Starts the engine's thread; touches no file yet."""
+        self.root = os.path.abspath(root)
+        self._config = config
+        self._machinery = machinery = Machinery(self.root, config, observers)
+        self._catalog = Catalog(machinery.storage)
+        self._means = Means(
+            saver=machinery.saver,
+            catalog=self._catalog,
+            ranks=ranks if ranks is not None else SingleRank(),
+            planners=machinery.planners,
+            emit=machinery.emit,
+        )
+        self._attempts: dict[str, Attempt] = {}
+        self._creating = asyncio.Lock()
+        self._background: set[Call[None]] = set()
+        self._is_closing = False
+        _running.add(self)
+
+    # --- from any thread ------------------------------------------------------
+
+    def check_usable(self) -> None:
+        """Returns if calls can be made.
+
+        Raises:
+            EngineStateError: The engine is closed, or this is a forked child.
+        """
+        if self._machinery.is_forked:
+            raise EngineStateError(
+                "this engine belongs to the parent process: make one after the fork"
+            )
+        if self._is_closing:
+            raise EngineStateError(f"the engine for {self.root!r} has been closed")
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> Call[T]:
+        """Runs one of the coroutines below on the engine's loop.
+
+        Raises:
+            EngineStateError: The engine is closed, or this is a forked child.
+        """
+        try:
+            self.check_usable()
+            return self._machinery.spawn(work)
+        except BaseException:
+            work.close()
+            raise
+
+    def save(
+        self,
+        state: object,
+        path: object,
+        *,
+        tag: str | None,
+        metadata: Mapping[str, str] | None,
+    ) -> FileSave:
+        """Captures `state` and enqueues it as a file of an open tag.
+
+        Raises:
+            InvalidArgumentError: A bad path, or state that cannot be captured.
+            EngineStateError: No such open tag.
+        """
+        start = perf_counter()
+        self.check_usable()
+        attempt = self._attempt(tag)
+        attempt.check_open()
+        relative = check_path(path, [f"{self.root}/{attempt.tag}"])
+        save = FileSave(attempt.tag, relative, capture(state), metadata)
+        save.started_s = start
+        attempt.add(save)
+        try:
+            self._machinery.gate.enter(save)
+            self.spawn(attempt.run(save))
+        except BaseException:
+            self._machinery.gate.leave(save)
+            attempt.remove(save)
+            raise
+        save.stall_s = perf_counter() - start
+        return save
+
+    def _attempt(self, tag: str | None) -> Attempt:
+        attempts = self._attempts
+        if tag is None and attempts:
+            return attempts[next(reversed(attempts))]
+        attempt = attempts.get(tag) if tag is not None else None
+        if attempt is None:
+            known = ", ".join(map(repr, attempts)) or "none"
+            what = "no tag is open" if tag is None else f"tag {tag!r} is not open"
+            raise EngineStateError(f"{what} (open: {known}): call `create` first")
+        return attempt
+
+    def wait_staged(self) -> None:
+        """Blocks the thread until all that is being staged now has been staged.
+
+        Raises:
+            EngineStateError: Called on the engine's own thread, which must not block.
+        """
+        if self._machinery.is_current_thread:
+            raise EngineStateError("wait_staged would block the engine's own thread")
+        self._machinery.gate.wait()
+
+    def add_stall(self, tag: str | None, stall_s: float) -> None:
+        """Counts time that a caller was held against the tags that it waited for."""
+        for attempt in list(self._attempts.values()):
+            if tag in (None, attempt.tag):
+                attempt.stall_s += stall_s
+
+    @property
+    def ring_bytes(self) -> tuple[int, int]:
+        """Bytes of the ring that are leased now, and all of them."""
+        ring = self._machinery.ring
+        return ring.leased_bytes, ring.capacity_bytes
+
+    # --- on the engine's loop -------------------------------------------------
+
+    async def _blocking(
+        self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        return await run_blocking(self._machinery.planners, work, *args, **kwargs)
+
+    async def start(self) -> None:
+        """Sweeps what dead engines left in the root."""
+        await self._blocking(self._catalog.sweep_if_any)
+
+    async def create(self, tag: str, *, overwrite: bool) -> None:
+        """Opens a tag for saving."""
+        check_tag(tag)
+        # One at a time: between the look and the entry another task could open it.
+        async with self._creating:
+            if tag in self._attempts:
+                raise EngineStateError(f"tag {tag!r} is open already")
+            if not overwrite:
+                await self._blocking(self._catalog.check_free, tag)
+            await self._blocking(self._catalog.open_work)
+            directory, name = await self._blocking(self._catalog.new_directory)
+            self._attempts[tag] = Attempt(
+                self._means, tag, directory, name, is_overwrite=overwrite
+            )
+
+    async def staged(self, tag: str | None) -> None:
+        """Returns when everything saved so far (in `tag`) has been staged."""
+        attempts = [self._attempt(tag)] if tag else list(self._attempts.values())
+        for attempt in attempts:
+            for save in attempt.saves:
+                await save.staged.wait()
+        for attempt in attempts:
+            attempt.raise_if_failed()
+
+    async def save_staged(self, save: FileSave) -> None:
+        """Returns when one file has been staged."""
+        await save.staged.wait()
+        self._raise_error_of(save)
+
+    async def save_written(self, save: FileSave) -> None:
+        """Returns when one file is complete and durable (not yet published)."""
+        await save.written.wait()
+        self._raise_error_of(save)
+
+    def _raise_error_of(self, save: FileSave) -> None:
+        if save.error is None:
+            return
+        attempt = self._attempts.get(save.tag)
+        if attempt is not None and save in attempt.saves:
+            attempt.raise_if_failed()
+        raise save.error
+
+    async def commit(self, tag: str) -> CommitReport:
+        """Publishes a tag: afterwards it is durable and any load can see it."""
+        attempt = self._attempt(tag)
+        await attempt.commit()
+        self._forget(attempt)
+        attempt.raise_if_failed()
+        assert attempt.report is not None
+        self._in_background(self._tidy(attempt))
+        return attempt.report
+
+    async def abort(self, tag: str) -> None:
+        """Drops a tag that has not been published, and its files."""
+        attempt = self._attempt(tag)
+        await outlast(attempt.abort())
+        self._forget(attempt)
+
+    def _forget(self, attempt: Attempt) -> None:
+        if self._attempts.get(attempt.tag) is attempt:
+            del self._attempts[attempt.tag]
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        call = self._machinery.spawn(work)
+        self._background.add(call)
+        call.add_done_callback(self._background.discard)
+
+    async def _tidy(self, attempt: Attempt) -> None:
+        """Removes what a commit made superfluous; failing is worth a warning only."""
+        await attempt.discard_files()
+        if not self._config.retention:
+            return
+        try:
+            tags = [info.tag for info in await self.tags()]
+            for tag in expired(tags, self._config.retention):
+                await self.delete(tag)
+        except CheckpointError as error:
+            _logger.warning("old tags of %s remain: %s", self.root, error)
+
+    async def load(
+        self, path: str | os.PathLike[str], tag: str | None, options: LoadOptions
+    ) -> Any:
+        """Loads one file of a published tag."""
+        return await run_blocking(
+            self._machinery.workers, self._load, path, tag, options
+        )
+
+    def _load(
+        self, path: str | os.PathLike[str], tag: str | None, options: LoadOptions
+    ) -> Any:
+        with closing(self._catalog.open_file(path, tag)) as file:
+            return load_file(
+                file,
+                map_location=options.map_location,
+                weights_only=options.weights_only,
+                verify=options.verify,
+                into=options.into,
+                keys=options.keys,
+                mmap=options.mmap,
+            )
+
+    async def latest(self) -> str | None:
+        """The tag to resume from."""
+        return await self._blocking(self._catalog.latest)
+
+    async def tags(self) -> list[TagInfo]:
+        """The published tags, oldest first."""
+        return await self._blocking(self._catalog.tags)
+
+    async def delete(self, tag: str) -> None:
+        """Unpublishes a tag, then removes its files."""
+        check_tag(tag)
+        await self._blocking(self._catalog.open_work)
+        await self._blocking(self._catalog.delete, tag)
+
+    async def sweep(self) -> list[str]:
+        """Removes what dead engines left; their names."""
+        return await self._blocking(self._catalog.sweep)
+
+    # --- the end --------------------------------------------------------------
+
+    def begin_close(self) -> Call[list[CheckpointError]] | None:
+        """Refuses further calls and starts `_close`; None if that was done before.
+
+        The result is what went wrong and no caller was told of. `stop` comes next.
+        """
+        if self._is_closing or self._machinery.is_forked:
+            return None
+        call = self._machinery.spawn(self._close())
+        self._is_closing = True
+        return call
+
+    async def _close(self) -> list[CheckpointError]:
+        untold: list[CheckpointError] = []
+        for attempt in list(self._attempts.values()):
+            error = await attempt.close()
+            if error is not None:
+                untold.append(error)
+        for call in list(self._background):
+            await call.wait()
+        try:
+            await self._blocking(self._catalog.close_work)
+        except CheckpointError as error:
+            untold.append(error)
+        return untold
+
+    def stop(self) -> None:
+        """Ends the threads and frees the ring, once closed; returns at once."""
+        _running.discard(self)
+        self._machinery.stop()
+
+    async def ended(self) -> None:
+        """Returns when the threads have ended, on any event loop."""
+        await self._machinery.ended()
+
+    def join(self) -> None:
+        """Blocks until the threads have ended."""
+        self._machinery.join()
+
+
+def raise_untold(errors: Sequence[CheckpointError]) -> None:
+    """Raises the first of `errors`, if any, with the others as notes."""
+    if errors:
+        first, *others = errors
+        for error in others:
+            first.add_note(f"and: {error}")
+        raise first
+
+
+_running: set[Runtime] = set()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Drains the engines that nobody closed, and says what was lost."""
+    for runtime in list(_running):
+        call = runtime.begin_close()
+        if call is None:
+            continue
+        _logger.warning("the engine for %s was never closed", runtime.root)
+        for error in call.result():
+            _logger.error("lost at exit: %s", error)
+        runtime.stop()
+        runtime.join()

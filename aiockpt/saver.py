@@ -1,0 +1,258 @@
+"""One file on its way from captured tensors to the disk: plan → stage → write.
+
+Read `Saver.run` first: it is the path of every tensor.
+"""
+
+__all__ = ["FileSave", "Saver"]
+
+import asyncio
+import functools
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from aiockpt.capture import Capture
+from aiockpt.checksums import Checksums
+from aiockpt.errors import CheckpointError, TornSnapshotError
+from aiockpt.events import Event, Planned, Progress, Staged, Written
+from aiockpt.guard import StagingGate
+from aiockpt.image import Chunk
+from aiockpt.manifest import FileEntry
+from aiockpt.plan import FilePlan, make_plan
+from aiockpt.ring import Lease, Ring
+from aiockpt.staging.base import Stager
+from aiockpt.storage.base import Storage, WriteFile
+from aiockpt.threads import run_blocking
+
+# What direct writes ask of lengths.
+_ALIGNMENT = 4096
+
+
+@dataclass(slots=True, eq=False)
+class FileSave:
+    """One file being saved: its state, and what callers may wait for.
+
+    Attributes:
+        tag: The tag that it belongs to.
+        path: The file, relative to the tag.
+        capture: The captured state; None once staged, so that nothing is kept alive.
+        metadata: Extra text for a container that holds some.
+        progress: Bytes planned, staged and written.
+        started_s: Clock reading when `save` was called.
+        staged: Set when every source has been copied, or never will be.
+        written: Set when the file is complete and durable, or never will be.
+        error: Why it failed, if it did.
+        entry: What the manifest will say of it, once written.
+        was_stepped: Whether an optimizer stepped before its sources were copied.
+        stall_s: Seconds that callers have been held for it.
+        plan_s: Seconds of planning.
+        sync_s: Seconds of syncing.
+        staged_s: Clock reading when it was staged.
+        written_s: Clock reading when its last byte was written.
+    """
+
+    tag: str
+    path: str
+    capture: Capture | None
+    metadata: Mapping[str, str] | None = None
+    progress: Progress = field(default_factory=Progress)
+    started_s: float = field(default_factory=perf_counter)
+    staged: asyncio.Event = field(default_factory=asyncio.Event)
+    written: asyncio.Event = field(default_factory=asyncio.Event)
+    error: BaseException | None = None
+    entry: FileEntry | None = None
+    was_stepped: bool = False
+    stall_s: float = 0.0
+    plan_s: float = 0.0
+    sync_s: float = 0.0
+    staged_s: float = 0.0
+    written_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saver:
+    """Saves files with the parts that it is given, and owns none of them.
+
+    Attributes:
+        ring: Host memory.
+        stager: Fills chunks of it.
+        storage: Where files go.
+        gate: Told when sources are free again.
+        planners: Threads for planning.
+        copiers: Threads for looking at sources once they have been copied.
+        emit: Told what happens.
+    """
+
+    ring: Ring
+    stager: Stager
+    storage: Storage
+    gate: StagingGate
+    planners: Executor
+    copiers: Executor
+    emit: Callable[[Event], None]
+
+    async def run(self, save: FileSave, target: str, rank: int) -> None:
+        """Makes the file `target` (a path of the storage), complete and durable.
+
+        Raises:
+            CheckpointError: What failed, by kind. The file may then exist in part.
+
+        `release` must follow, whatever the outcome.
+
+        If cancelled: copies and writes under way are waited for first.
+        """
+        plan = await self._plan(save)
+        file = await self.storage.create(target, plan.nbytes)
+        try:
+            crc32 = await _Transfer(self, save, plan, file).run()
+            start = perf_counter()
+            await file.sync()
+            save.sync_s = perf_counter() - start
+        finally:
+            await file.close()
+        save.entry = FileEntry(
+            path=save.path, nbytes=plan.nbytes, crc32=crc32, rank=rank
+        )
+
+    async def release(self, save: FileSave) -> None:
+        """Lets go of sources that `run` has not staged, and of those who wait."""
+        if not save.staged.is_set():
+            await run_blocking(self.copiers, self.gate.leave, save)
+            save.capture = None
+            save.staged.set()
+
+    async def _plan(self, save: FileSave) -> FilePlan:
+        start = perf_counter()
+        plan = await run_blocking(
+            self.planners,
+            make_plan,
+            save.capture,
+            save.path,
+            save.metadata,
+            self.ring.chunk_bytes,
+        )
+        self.stager.check(plan.sources)
+        save.plan_s = perf_counter() - start
+        save.progress.planned_bytes = plan.nbytes
+        self.emit(
+            Planned(save.tag, save.path, plan.nbytes, plan.num_records, save.plan_s)
+        )
+        return plan
+
+
+class _Transfer:
+    """The chunks of one file, between its sources and its blocks on the disk."""
+
+    def __init__(
+        self, saver: Saver, save: FileSave, plan: FilePlan, file: WriteFile
+    ) -> None:
+        self._saver = saver
+        self._save = save
+        self._plan = plan
+        self._file = file
+        self._sums = Checksums(plan.num_records, len(plan.chunks))
+        self._num_unfilled = len(plan.chunks)
+        self._start_s = perf_counter()
+
+    async def run(self) -> int:
+        """Stages and writes every chunk; the CRC-32 of the whole file."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                turn = asyncio.Event()
+                turn.set()
+                for chunk in self._plan.chunks:
+                    lease = await self._saver.ring.lease()
+                    next_turn = asyncio.Event()
+                    group.create_task(self._move(chunk, lease, turn, next_turn))
+                    turn = next_turn
+        except BaseExceptionGroup as failures:
+            raise _first(failures) from failures
+        self._save.written_s = perf_counter()
+        crc32 = await run_blocking(self._saver.planners, self._sums.file_crc32)
+        self._saver.emit(
+            Written(
+                self._save.tag,
+                self._save.path,
+                self._plan.nbytes,
+                crc32,
+                self._file.is_direct,
+                self._save.written_s - self._start_s,
+            )
+        )
+        return crc32
+
+    async def _move(
+        self, chunk: Chunk, lease: Lease, turn: asyncio.Event, next_turn: asyncio.Event
+    ) -> None:
+        """Fills one chunk and writes it; the lease ends with the write.
+
+        Writes are queued in the order of the chunks, as `Checksums.seal` needs it:
+        the next turn begins before this write does, but its task runs only after
+        this one has queued its job.
+        """
+        try:
+            await self._saver.stager.fill(lease, chunk, self._plan.sources)
+            self._save.progress.staged_bytes += chunk.nbytes
+            self._num_unfilled -= 1
+            if self._num_unfilled == 0:
+                await self._release_sources()
+            await turn.wait()
+            next_turn.set()
+            padded = -(-chunk.nbytes // _ALIGNMENT) * _ALIGNMENT
+            await self._file.write(
+                chunk.offset,
+                lease.view[:padded],
+                functools.partial(self._sums.seal, chunk, lease.view),
+            )
+            self._save.progress.written_bytes += chunk.nbytes
+        except BaseException:
+            self._sums.abandon()
+            raise
+        finally:
+            lease.release()
+
+    async def _release_sources(self) -> None:
+        """Checks that what was copied is one state, and lets go of the sources."""
+        save, saver = self._save, self._saver
+        changed = await run_blocking(saver.copiers, _check_sources, save, saver.gate)
+        self._plan.sources.clear()
+        save.capture = None
+        if changed is not None or save.was_stepped:
+            raise _torn(save, changed)
+        save.staged_s = perf_counter()
+        save.staged.set()
+        saver.emit(
+            Staged(
+                save.tag, save.path, self._plan.nbytes, save.staged_s - self._start_s
+            )
+        )
+
+
+def _check_sources(save: FileSave, gate: StagingGate) -> str | None:
+    changed = save.capture.changed() if save.capture is not None else None
+    gate.leave(save)
+    return changed
+
+
+def _torn(save: FileSave, key: str | None) -> TornSnapshotError:
+    what = f"the tensor {key}" if key else "a tensor (an optimizer stepped)"
+    return TornSnapshotError(
+        f"{save.tag}/{save.path}: {what} was changed after `save` and before it was "
+        "staged: await `staged` first, or leave the optimizer guard on",
+        key=key,
+    )
+
+
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The failure to report: one that a caller can act on, if there is one."""
+    flat: list[BaseException] = []
+    pending: list[BaseException] = [failures]
+    while pending:
+        error = pending.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            pending.extend(error.exceptions)
+        else:
+            flat.append(error)
+    acted_on = [error for error in flat if isinstance(error, CheckpointError)]
+    return (acted_on or flat)[0]

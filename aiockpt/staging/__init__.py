@@ -1,0 +1,1 @@
+"""Where tensors are copied into the ring: the host port, and later CUDA's."""

@@ -1,0 +1,41 @@
+"""The staging port: how a chunk of the ring is filled from tensors."""
+
+__all__ = ["Source", "Stager"]
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from aiockpt.image import Chunk
+from aiockpt.pickling import Span
+from aiockpt.ring import Lease
+
+# Where the bytes of one record come from: known bytes, or a part of a storage.
+Source = bytes | Span
+
+
+class Stager(Protocol):
+    """Copies literals and records' pieces into chunks."""
+
+    def check(self, sources: Sequence[Source]) -> None:
+        """Returns if every source is on a device that this stager copies from.
+
+        Blocks no more than an attribute's look-up per source.
+
+        Raises:
+            StagingError: One is not; the message names the device.
+        """
+        ...
+
+    async def fill(
+        self, lease: Lease, chunk: Chunk, sources: Sequence[Source]
+    ) -> None:
+        """Makes `lease` hold the chunk, except what its seals will write.
+
+        Chunks of one file are filled in the order in which `fill` was called.
+
+        Raises:
+            StagingError: A copy failed.
+
+        If cancelled: a copy under way is waited for; the lease is then unread.
+        """
+        ...

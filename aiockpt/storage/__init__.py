@@ -1,0 +1,1 @@
+"""Where files are kept: the storage port and its local implementation."""

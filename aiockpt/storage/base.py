@@ -1,0 +1,189 @@
+"""The storage port: what the engine asks of a place that keeps files.
+
+Paths are relative to the storage's root, with forward slashes. Methods that are
+not coroutines block: call them in a worker. Every failure of the place itself is
+a `StorageError` with the errno and the path.
+"""
+
+__all__ = ["Lock", "ReadFile", "Storage", "WriteFile"]
+
+from collections.abc import Callable
+from typing import Protocol
+
+
+class ReadFile(Protocol):
+    """One file open for reading. Its methods block: call them in a worker.
+
+    Attributes:
+        path: Where the file is, for messages.
+        nbytes: Its length when it was opened.
+    """
+
+    path: str
+    nbytes: int
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fills `view` (flat, writable, bytes) from `offset`.
+
+        Raises:
+            CorruptCheckpointError: The file ends before the view is full.
+            StorageError: The file system refused.
+        """
+        ...
+
+    def fileno(self) -> int:
+        """The open file descriptor, owned by this object."""
+        ...
+
+    def close(self) -> None:
+        """Releases the descriptor. Idempotent."""
+        ...
+
+
+class WriteFile(Protocol):
+    """One new file of known length, written in chunks in any order.
+
+    Its coroutines end only when the work has ended, cancelled or not: afterwards
+    nothing reads the buffer that they were given.
+    """
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether writes go around the page cache."""
+        ...
+
+    async def write(
+        self, offset: int, view: memoryview, prepare: Callable[[], None]
+    ) -> None:
+        """Calls `prepare()` and writes `view` at `offset`, in one worker's turn.
+
+        Args:
+            offset: A multiple of 4096.
+            view: Page-aligned; its length may go past the end of the file (it does
+                for the last chunk, whose length is rounded up to the alignment).
+            prepare: Makes the bytes final; runs in the worker just before the write.
+
+        Raises:
+            StorageError: The write failed. The file is then of no use.
+        """
+        ...
+
+    async def sync(self) -> None:
+        """Cuts the file to its length and makes it durable.
+
+        Raises:
+            StorageError: It may not be durable, and never will be: a failed sync is
+                final (the kernel may have dropped the dirty pages).
+        """
+        ...
+
+    async def close(self) -> None:
+        """Releases the descriptor. Idempotent.
+
+        Raises:
+            StorageError: The file system reported a late failure.
+        """
+        ...
+
+
+class Lock(Protocol):
+    """An advisory lock that ends with `release` or with the process."""
+
+    def release(self) -> None:
+        """Gives the lock up. Idempotent."""
+        ...
+
+
+class Storage(Protocol):
+    """A directory tree in which renames are atomic and syncs can be asked for.
+
+    Attributes:
+        root: What the paths are relative to, for messages.
+    """
+
+    root: str
+
+    async def create(self, path: str, nbytes: int) -> WriteFile:
+        """A new file, with room for `nbytes` reserved, in an existing directory.
+
+        Raises:
+            StorageError: No room (`ENOSPC`), or the file system refused. Nothing is
+                left behind.
+        """
+        ...
+
+    def open_read(self, path: str) -> ReadFile:
+        """Opens a regular file, following no symbolic link below the root.
+
+        Raises:
+            CheckpointNotFoundError: There is no such file.
+            StorageError: It is not a regular file, or the file system refused.
+        """
+        ...
+
+    def read_bytes(self, path: str, max_bytes: int) -> bytes:
+        """A small file's content; `open_read`'s errors, or `StorageError` if larger."""
+        ...
+
+    def write_durable(self, path: str, data: bytes) -> None:
+        """Makes a new small file and syncs it (not its directory)."""
+        ...
+
+    def make_dirs(self, path: str) -> list[str]:
+        """Makes a directory and its missing parents; the list of those made."""
+        ...
+
+    def list_dir(self, path: str) -> list[str]:
+        """The names of the directories in `path`, sorted; links are not followed."""
+        ...
+
+    def list_files(self, path: str) -> list[str]:
+        """The names of everything else in `path`, sorted."""
+        ...
+
+    def is_empty_dir(self, path: str) -> bool:
+        """Whether `path` is a directory with nothing in it."""
+        ...
+
+    def exists(self, path: str) -> bool:
+        """Whether anything stands at `path`."""
+        ...
+
+    def sync_dir(self, path: str) -> None:
+        """Makes the entries of a directory durable."""
+        ...
+
+    def rename_dir(self, source: str, target: str) -> None:
+        """Moves a directory to where nothing, or an empty directory, is. Atomic.
+
+        Raises:
+            FileExistsError: `target` is taken (as a `StorageError`).
+        """
+        ...
+
+    def exchange(self, one: str, other: str) -> None:
+        """Swaps two directories. Atomic.
+
+        Raises:
+            StorageError: The file system cannot (`EINVAL`), or refused.
+        """
+        ...
+
+    def replace(self, source: str, target: str) -> None:
+        """Moves a file over another. Atomic."""
+        ...
+
+    def remove(self, path: str) -> None:
+        """Removes a file; nothing happens where there is none."""
+        ...
+
+    def remove_tree(self, path: str) -> None:
+        """Removes a directory with all that is in it; nothing happens where none is."""
+        ...
+
+    def lock(self, path: str, *, wait: bool) -> Lock | None:
+        """Locks the file at `path`, made if missing; None where it is held elsewhere.
+
+        With `wait`, blocks until it is free. The file itself stays.
+        """
+        ...

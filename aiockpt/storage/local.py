@@ -1,0 +1,411 @@
+"""A local (or mounted) file system as storage: POSIX calls, O_DIRECT, aiofiles."""
+
+__all__ = ["LocalStorage"]
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+
+import aiofiles
+from aiofiles.threadpool.binary import AsyncFileIO
+
+from aiockpt.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    StorageError,
+)
+from aiockpt.threads import outlast, run_blocking
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_ALIGNMENT = 4096
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_SYNC_FILE_RANGE_WRITE = 2
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+_DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class LocalStorage:
+    """Files below one directory of this machine's file systems.
+
+    Attributes:
+        root: The directory, absolute, symbolic links resolved.
+    """
+
+    def __init__(self, root: str, workers: Executor) -> None:
+        """Uses `workers` for file work; touches nothing yet."""
+        self.root = root
+        self._workers = workers
+
+    def _full(self, path: str) -> str:
+        return os.path.join(self.root, path) if path else self.root
+
+    async def create(self, path: str, nbytes: int) -> "_LocalWriteFile":
+        """See `Storage.create`."""
+        full = self._full(path)
+        handle: AsyncFileIO = await outlast(
+            aiofiles.open(
+                full,
+                "xb",
+                buffering=0,
+                opener=functools.partial(_open_new, nbytes=nbytes),
+                executor=self._workers,
+            )
+        )
+        return _LocalWriteFile(full, nbytes, handle, self._workers)
+
+    def open_read(self, path: str) -> "_LocalReadFile":
+        """See `Storage.open_read`."""
+        full = self._full(path)
+        with _errors_name(full):
+            try:
+                descriptor = self._open_beneath(path)
+            except FileNotFoundError as error:
+                raise CheckpointNotFoundError(f"there is no file {full!r}") from error
+            return _LocalReadFile(full, descriptor)
+
+    def _open_beneath(self, path: str) -> int:
+        # Component by component, so that no link below the root leads out of it.
+        *parents, name = path.split("/")
+        with contextlib.ExitStack() as stack:
+            directory = os.open(self.root, _DIR_FLAGS & ~os.O_NOFOLLOW)
+            stack.callback(os.close, directory)
+            for parent in parents:
+                directory = os.open(parent, _DIR_FLAGS, dir_fd=directory)
+                stack.callback(os.close, directory)
+            # Without O_NONBLOCK, opening a FIFO would wait for its writer.
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            return os.open(name, flags, dir_fd=directory)
+
+    def read_bytes(self, path: str, max_bytes: int) -> bytes:
+        """See `Storage.read_bytes`."""
+        with contextlib.closing(self.open_read(path)) as file:
+            if file.nbytes > max_bytes:
+                text = f"{file.nbytes} bytes, more than the {max_bytes} expected"
+                raise StorageError(errno.EFBIG, text, file.path)
+            data = bytearray(file.nbytes)
+            file.read_into(0, memoryview(data))
+            return bytes(data)
+
+    def write_durable(self, path: str, data: bytes) -> None:
+        """See `Storage.write_durable`."""
+        full = self._full(path)
+        with _errors_name(full):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(full, flags, 0o666), "wb", buffering=0) as file:
+                view = memoryview(data)
+                while view:
+                    view = view[file.write(view) :]
+                os.fsync(file.fileno())
+
+    def make_dirs(self, path: str) -> list[str]:
+        """See `Storage.make_dirs`."""
+        made: list[str] = []
+        parts = path.split("/")
+        with _errors_name(self._full(path)):
+            if not os.path.isdir(self.root):
+                os.makedirs(self.root, exist_ok=True)
+            for depth in range(1, len(parts) + 1):
+                parent = "/".join(parts[:depth])
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(self._full(parent))
+                    made.append(parent)
+        return made
+
+    def list_dir(self, path: str) -> list[str]:
+        """See `Storage.list_dir`."""
+        return [entry.name for entry in self._scan(path) if _is_dir(entry)]
+
+    def list_files(self, path: str) -> list[str]:
+        """See `Storage.list_files`."""
+        return [entry.name for entry in self._scan(path) if not _is_dir(entry)]
+
+    def is_empty_dir(self, path: str) -> bool:
+        """See `Storage.is_empty_dir`."""
+        return os.path.isdir(self._full(path)) and not self._scan(path)
+
+    def _scan(self, path: str) -> "list[os.DirEntry[str]]":
+        full = self._full(path)
+        with _errors_name(full):
+            try:
+                with os.scandir(full) as entries:
+                    return sorted(entries, key=lambda entry: entry.name)
+            except FileNotFoundError:
+                return []
+
+    def exists(self, path: str) -> bool:
+        """See `Storage.exists`."""
+        return os.path.lexists(self._full(path))
+
+    def sync_dir(self, path: str) -> None:
+        """See `Storage.sync_dir`."""
+        full = self._full(path)
+        with _errors_name(full):
+            descriptor = os.open(full, _DIR_FLAGS & ~os.O_NOFOLLOW)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def rename_dir(self, source: str, target: str) -> None:
+        """See `Storage.rename_dir`."""
+        # rename(2) replaces an empty directory and nothing else, which is what is
+        # wanted: trainers make the tag's directory before they save into it.
+        with _errors_name(self._full(target)):
+            os.rename(self._full(source), self._full(target))
+
+    def exchange(self, one: str, other: str) -> None:
+        """See `Storage.exchange`."""
+        names = os.fsencode(self._full(one)), os.fsencode(self._full(other))
+        with _errors_name(self._full(other)):
+            _checked(
+                _libc.renameat2(
+                    _AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE
+                )
+            )
+
+    def replace(self, source: str, target: str) -> None:
+        """See `Storage.replace`."""
+        with _errors_name(self._full(target)):
+            os.replace(self._full(source), self._full(target))
+
+    def remove(self, path: str) -> None:
+        """See `Storage.remove`."""
+        with _errors_name(self._full(path)), contextlib.suppress(FileNotFoundError):
+            os.unlink(self._full(path))
+
+    def remove_tree(self, path: str) -> None:
+        """See `Storage.remove_tree`."""
+        with _errors_name(self._full(path)), contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._full(path))
+
+    def lock(self, path: str, *, wait: bool) -> "_LocalLock | None":
+        """See `Storage.lock`."""
+        full = self._full(path)
+        with _errors_name(full):
+            while True:
+                descriptor = os.open(full, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                except BlockingIOError:
+                    os.close(descriptor)
+                    return None
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+                # A sweeper may have removed the file between the open and the lock:
+                # then this lock guards nothing that others can see.
+                if _is_same_file(descriptor, full):
+                    return _LocalLock(descriptor)
+                os.close(descriptor)
+
+
+def _is_dir(entry: "os.DirEntry[str]") -> bool:
+    return entry.is_dir(follow_symlinks=False)
+
+
+def _is_same_file(descriptor: int, full: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(full))
+    except FileNotFoundError:
+        return False
+
+
+class _LocalLock:
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._pid = os.getpid()
+
+    def release(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        # A forked child shares the lock; only its owner may end it.
+        if descriptor >= 0 and os.getpid() == self._pid:
+            os.close(descriptor)
+
+
+class _LocalReadFile:
+    def __init__(self, full: str, descriptor: int) -> None:
+        self.path = full
+        self._descriptor = descriptor
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise StorageError(errno.EINVAL, "not a regular file", full)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self.nbytes = status.st_size
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        with _errors_name(self.path):
+            while view:
+                num_read = os.preadv(self._descriptor, [view], offset)
+                if num_read == 0:
+                    message = f"{self.path}: the file ends at byte {offset}"
+                    raise CorruptCheckpointError(message, path=self.path, offset=offset)
+                view = view[num_read:]
+                offset += num_read
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class _LocalWriteFile:
+    def __init__(
+        self, full: str, nbytes: int, handle: AsyncFileIO, workers: Executor
+    ) -> None:
+        self._full = full
+        self._nbytes = nbytes
+        self._handle: AsyncFileIO | None = handle
+        self._descriptor: int = handle.fileno()
+        self._workers = workers
+        self._is_direct = bool(_flags(self._descriptor) & _O_DIRECT)
+
+    @property
+    def is_direct(self) -> bool:
+        return self._is_direct
+
+    async def write(
+        self, offset: int, view: memoryview, prepare: Callable[[], None]
+    ) -> None:
+        await run_blocking(self._workers, self._write, offset, view, prepare)
+
+    def _write(
+        self, offset: int, view: memoryview, prepare: Callable[[], None]
+    ) -> None:
+        prepare()
+        with _errors_name(self._full):
+            start, left = offset, view
+            while left:
+                num_written = self._write_once(left, start)
+                left = left[num_written:]
+                start += num_written
+        if not self._is_direct:
+            # Starts write-back now, so that the sync at the end finds little to do.
+            _libc.sync_file_range(
+                self._descriptor,
+                ctypes.c_int64(offset),
+                ctypes.c_int64(len(view)),
+                _SYNC_FILE_RANGE_WRITE,
+            )
+
+    def _write_once(self, view: memoryview, offset: int) -> int:
+        try:
+            num_written = os.pwrite(self._descriptor, view, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._is_direct:
+                raise
+            # Some file systems accept O_DIRECT at open and refuse it here.
+            self._fall_back()
+            return 0
+        if num_written == 0:
+            raise OSError(errno.EIO, "the file system wrote nothing")
+        if self._is_direct and num_written % _ALIGNMENT:
+            # A short write that ends off a boundary cannot be continued directly.
+            self._fall_back()
+        return num_written
+
+    def _fall_back(self) -> None:
+        self._is_direct = False
+        _set_flags(self._descriptor, _flags(self._descriptor) & ~_O_DIRECT)
+
+    async def sync(self) -> None:
+        await run_blocking(self._workers, self._sync)
+
+    def _sync(self) -> None:
+        with _errors_name(self._full):
+            os.ftruncate(self._descriptor, self._nbytes)
+            os.fsync(self._descriptor)
+
+    async def close(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with _errors_name(self._full):
+                await outlast(handle.close())
+
+
+def _open_new(full: str, flags: int, *, nbytes: int) -> int:
+    """Opens a new file for direct writes and reserves its blocks."""
+    with _errors_name(full):
+        _check_room(full, nbytes)
+        flags |= os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            descriptor = os.open(full, flags | _O_DIRECT, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Some file systems make the file before they refuse the flag.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(full)
+            descriptor = os.open(full, flags, 0o666)
+        try:
+            _reserve(descriptor, nbytes)
+        except BaseException:
+            os.close(descriptor)
+            os.unlink(full)
+            raise
+        return descriptor
+
+
+def _check_room(full: str, nbytes: int) -> None:
+    status = os.statvfs(os.path.dirname(full))
+    # Some network and virtual file systems report no size at all.
+    if status.f_blocks and status.f_bavail * status.f_frsize < nbytes:
+        free = status.f_bavail * status.f_frsize
+        text = f"{os.strerror(errno.ENOSPC)}: {nbytes} bytes needed, {free} free"
+        raise OSError(errno.ENOSPC, text)
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    if nbytes == 0:
+        return
+    # fallocate(2), not posix_fallocate(3): the latter writes zeros where the file
+    # system cannot reserve, which would write every checkpoint twice.
+    padded = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    try:
+        _checked(
+            _libc.fallocate(
+                descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(padded)
+            )
+        )
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+
+
+def _flags(descriptor: int) -> int:
+    return fcntl.fcntl(descriptor, fcntl.F_GETFL)
+
+
+def _set_flags(descriptor: int, flags: int) -> None:
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+
+
+def _checked(result: int) -> None:
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+@contextlib.contextmanager
+def _errors_name(full: str) -> Iterator[None]:
+    """Turns an `OSError` into a `StorageError` that names the file."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        text = error.strerror or str(error)
+        raise StorageError(error.errno, text, full) from error

@@ -1,0 +1,196 @@
+"""The door for plain code: the engine's methods, blocking.
+
+Works with no event loop, under a running one (whose thread it blocks), and in a
+notebook. Ctrl-C cancels what is waited for, waits until it has ended, and goes on.
+"""
+
+__all__ = ["CheckpointEngine", "SaveHandle", "load", "save"]
+
+import os
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Self
+
+from aiockpt.config import EngineConfig
+from aiockpt.errors import CheckpointError
+from aiockpt.events import CommitReport, Observer, Progress
+from aiockpt.manifest import TagInfo
+from aiockpt.onefile import load_blocking as load
+from aiockpt.onefile import save_blocking as save
+from aiockpt.ranks.base import Ranks
+from aiockpt.runtime import LoadOptions, Runtime, raise_untold
+from aiockpt.saver import FileSave
+
+
+class SaveHandle:
+    """One file on its way. Dropping it changes nothing.
+
+    Attributes:
+        tag: The tag that it belongs to.
+        path: The file, relative to the tag.
+    """
+
+    def __init__(self, runtime: Runtime, save: FileSave) -> None:
+        """Made by `CheckpointEngine.save`."""
+        self._runtime = runtime
+        self._save = save
+        self.tag = save.tag
+        self.path = save.path
+
+    @property
+    def progress(self) -> Progress:
+        """Bytes planned, staged and written so far; live."""
+        return self._save.progress
+
+    def staged(self) -> None:
+        """Returns when every tensor of this file has been copied."""
+        self._runtime.spawn(self._runtime.save_staged(self._save)).result()
+
+    def written(self) -> None:
+        """Returns when the file is complete and durable; not yet published."""
+        self._runtime.spawn(self._runtime.save_written(self._save)).result()
+
+
+class CheckpointEngine:
+    """`aiockpt.CheckpointEngine` for callers that block; see there for each method.
+
+    `save` still returns at once, and staging and writing still happen in the
+    background. An engine that is not closed is drained when the interpreter exits.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        config: EngineConfig | Mapping[str, object] | None = None,
+        *,
+        ranks: Ranks | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        """Starts the engine's thread; touches no file."""
+        self._runtime = Runtime(root, EngineConfig.parse(config), ranks, observers)
+
+    @property
+    def root(self) -> str:
+        """The directory of the tags, absolute."""
+        return self._runtime.root
+
+    @property
+    def ring_bytes(self) -> tuple[int, int]:
+        """Bytes of the ring that are leased now, and its size."""
+        return self._runtime.ring_bytes
+
+    def __enter__(self) -> Self:
+        """Sweeps what dead processes left in the root."""
+        self._runtime.spawn(self._runtime.start()).result()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes the engine; an error from the body is never replaced."""
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except CheckpointError as lost:
+            error.add_note(f"and on leaving the engine: {lost}")
+
+    def create(self, tag: str, *, overwrite: bool = False) -> None:
+        """Opens a tag for saving; readers see nothing of it until `commit`."""
+        self._runtime.spawn(self._runtime.create(tag, overwrite=overwrite)).result()
+
+    def save(
+        self,
+        state_dict: object,
+        path: str | os.PathLike[str],
+        *,
+        tag: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> SaveHandle:
+        """Captures `state_dict` and enqueues it as a file of an open tag."""
+        save = self._runtime.save(state_dict, path, tag=tag, metadata=metadata)
+        return SaveHandle(self._runtime, save)
+
+    def staged(self, tag: str | None = None) -> None:
+        """Returns when all that was saved (in `tag`) has been copied."""
+        start = perf_counter()
+        try:
+            self._runtime.spawn(self._runtime.staged(tag)).result()
+        finally:
+            self._runtime.add_stall(tag, perf_counter() - start)
+
+    def wait_staged(self) -> None:
+        """Blocks until all that is being staged has been; leaves errors to `commit`."""
+        self._runtime.wait_staged()
+
+    def commit(self, tag: str) -> CommitReport:
+        """Makes a tag durable under its name, atomically, and moves `latest` to it."""
+        return self._runtime.spawn(self._runtime.commit(tag)).result()
+
+    def abort(self, tag: str) -> None:
+        """Drops an open tag: nothing is published and nothing stays on the disk."""
+        self._runtime.spawn(self._runtime.abort(tag)).result()
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Any = None,
+        *,
+        tag: str | None = None,
+        weights_only: bool = True,
+        verify: bool = True,
+        into: Any = None,
+        keys: Sequence[str] | None = None,
+        mmap: bool = False,
+    ) -> Any:
+        """Loads one file of a published tag, verified."""
+        options = LoadOptions(
+            map_location=map_location,
+            weights_only=weights_only,
+            verify=verify,
+            into=into,
+            keys=keys,
+            mmap=mmap,
+        )
+        return self._runtime.spawn(self._runtime.load(path, tag, options)).result()
+
+    def latest(self) -> str | None:
+        """The tag to resume from; None where nothing is published."""
+        return self._runtime.spawn(self._runtime.latest()).result()
+
+    def tags(self) -> list[TagInfo]:
+        """The published tags, oldest first."""
+        return self._runtime.spawn(self._runtime.tags()).result()
+
+    def delete(self, tag: str) -> None:
+        """Unpublishes a tag, durably, then removes its files."""
+        self._runtime.spawn(self._runtime.delete(tag)).result()
+
+    def sweep(self) -> list[str]:
+        """Removes what dead engines left in the root; their names."""
+        return self._runtime.spawn(self._runtime.sweep()).result()
+
+    def close(self) -> None:
+        """Ends the engine: commits under way finish, open tags are dropped.
+
+        Idempotent.
+
+        Raises:
+            CheckpointError: A failure that no call has reported yet, or a tag that was
+                never committed. The engine is closed all the same.
+        """
+        call = self._runtime.begin_close()
+        if call is None:
+            self._runtime.join()
+            return
+        try:
+            untold = call.result()
+        finally:
+            self._runtime.stop()
+            self._runtime.join()
+        raise_untold(untold)
