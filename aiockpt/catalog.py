@@ -18,7 +18,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from importlib import metadata
 
 import torch
@@ -80,7 +80,7 @@ class Catalog:
             return
         made = self._storage.make_dirs(_WORK_DIR)
         for path in reversed(made):
-            self._storage.sync_dir(os.path.dirname(path))
+            self._storage.sync_dir(path.rpartition("/")[0])
         # Locked before the directory exists: a directory without a held lock is dead.
         self._lock = self._storage.lock(f"{_WORK_DIR}/{self._engine}.lock", wait=True)
         self._storage.make_dirs(f"{_WORK_DIR}/{self._engine}")
@@ -167,7 +167,7 @@ class Catalog:
     def _is_published(self, tag: str) -> bool:
         return self._storage.exists(f"{tag}/{MANIFEST_PATH}")
 
-    def publish(
+    def publish(  # noqa: PLR0913 - the parts of a manifest
         self,
         tag: str,
         attempt: str,
@@ -244,7 +244,7 @@ class Catalog:
         return max(time.time_ns(), last_ns + 1)
 
     @contextlib.contextmanager
-    def _changing_tags(self) -> Iterator[None]:
+    def _changing_tags(self) -> Generator[None]:
         lock = self._storage.lock(_ROOT_LOCK, wait=True)
         try:
             yield

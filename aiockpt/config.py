@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, cast
 
 from aiockpt.errors import InvalidArgumentError
 from aiockpt.retention import RetentionPolicy
@@ -48,16 +48,8 @@ class EngineConfig:
                 f"host_cache_size is in GiB and at least {_MIN_RING_BYTES / GIB} "
                 f"(8 MiB), not {self.host_cache_size}"
             )
-        threads = self.parser_threads
-        if isinstance(threads, bool) or not isinstance(threads, int):
-            message = f"parser_threads is a whole number, not {threads!r}"
-            raise InvalidArgumentError(message)
-        if not 1 <= threads <= _MAX_THREADS:
-            message = f"parser_threads is between 1 and {_MAX_THREADS}, not {threads}"
-            raise InvalidArgumentError(message)
-        if not isinstance(self.guard, bool):
-            message = f"guard is True or False, not {self.guard!r}"
-            raise InvalidArgumentError(message)
+        _check_threads(self.parser_threads)
+        _check_switch("guard", self.guard)
 
     @property
     def ring_bytes(self) -> int:
@@ -90,13 +82,29 @@ class EngineConfig:
         for key in block:
             if key not in known:
                 raise InvalidArgumentError(_unknown_key(key, known))
-        return cls(**block)
+        # The values are checked when the instance is made.
+        return cls(**cast("Mapping[str, Any]", block))
 
 
-def _check_number(name: str, value: object) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):  # type: ignore[arg-type]
-        raise InvalidArgumentError(f"{name} is a number of GiB, not {value!r}")
+def _check_number(name: str, value: Any) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and math.isfinite(value):
+        return
+    raise InvalidArgumentError(f"{name} is a number of GiB, not {value!r}")
+
+
+def _check_threads(value: Any) -> None:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if is_whole and 1 <= value <= _MAX_THREADS:
+        return
+    raise InvalidArgumentError(
+        f"parser_threads is a whole number from 1 to {_MAX_THREADS}, not {value!r}"
+    )
+
+
+def _check_switch(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InvalidArgumentError(f"{name} is True or False, not {value!r}")
 
 
 def _unknown_key(key: object, known: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 __all__ = ["CheckpointEngine", "SaveHandle"]
 
-import logging
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from time import perf_counter
@@ -12,13 +12,12 @@ from typing import Any, Self
 from aiockpt.config import EngineConfig
 from aiockpt.errors import CheckpointError
 from aiockpt.events import CommitReport, Observer, Progress
+from aiockpt.loader import load_file
 from aiockpt.manifest import TagInfo
 from aiockpt.ranks.base import Ranks
-from aiockpt.runtime import LoadOptions, Runtime, raise_untold
+from aiockpt.runtime import Runtime, raise_untold
 from aiockpt.saver import FileSave
 from aiockpt.threads import outlast
-
-_logger = logging.getLogger(__name__)
 
 
 class SaveHandle:
@@ -138,9 +137,7 @@ class CheckpointEngine:
 
         If cancelled: the tag is open or it is not; `abort` then tells.
         """
-        await self._runtime.spawn(
-            self._runtime.create(tag, overwrite=overwrite)
-        ).wait()
+        await self._runtime.spawn(self._runtime.create(tag, overwrite=overwrite)).wait()
 
     async def save(
         self,
@@ -222,7 +219,7 @@ class CheckpointEngine:
         """
         await self._runtime.spawn(self._runtime.abort(tag)).wait()
 
-    async def load(
+    async def load(  # noqa: PLR0913 - the contract's signature
         self,
         path: str | os.PathLike[str],
         map_location: Any = None,
@@ -254,7 +251,8 @@ class CheckpointEngine:
 
         If cancelled: reading ends with the thread that does it; nothing is returned.
         """
-        options = LoadOptions(
+        read = functools.partial(
+            load_file,
             map_location=map_location,
             weights_only=weights_only,
             verify=verify,
@@ -262,7 +260,7 @@ class CheckpointEngine:
             keys=keys,
             mmap=mmap,
         )
-        return await self._runtime.spawn(self._runtime.load(path, tag, options)).wait()
+        return await self._runtime.spawn(self._runtime.load(path, tag, read)).wait()
 
     async def latest(self) -> str | None:
         """The tag to resume from; None where nothing is published.

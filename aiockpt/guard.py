@@ -11,26 +11,26 @@ __all__ = ["StagingGate"]
 import threading
 from collections.abc import Iterable
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-from aiockpt.capture import Capture
 
 
 class Staging(Protocol):
     """A save whose sources are being copied.
 
     Attributes:
-        capture: What is being copied.
         was_stepped: Set where an optimizer step may have changed it too early.
         stall_s: Seconds that callers have been held for it.
     """
 
-    capture: Capture
     was_stepped: bool
     stall_s: float
+
+    def storage_ptrs(self) -> set[int]:
+        """Data pointers of the storages that are being copied."""
+        ...
 
 
 class StagingGate:
@@ -75,7 +75,7 @@ class StagingGate:
             self._changed.notify_all()
 
     def _before_step(
-        self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any
+        self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object
     ) -> None:
         if not self._staging:
             return
@@ -85,7 +85,7 @@ class StagingGate:
         touched = _storage_ptrs(optimizer)
         with self._changed:
             for save in self._staging.values():
-                if touched & save.capture.storage_ptrs():
+                if touched & save.storage_ptrs():
                     save.was_stepped = True
 
 

@@ -19,7 +19,6 @@ from aiockpt.guard import StagingGate
 from aiockpt.ring import Ring
 from aiockpt.saver import Saver
 from aiockpt.staging.host import HostStager
-from aiockpt.storage.base import Storage
 from aiockpt.storage.local import LocalStorage
 from aiockpt.threads import Call, LoopThread, WorkerPool
 
@@ -57,7 +56,7 @@ class Machinery:
         self.planners = WorkerPool(_NUM_PLANNERS, "aiockpt-plan")
         self._copiers = WorkerPool(_NUM_COPIERS, "aiockpt-copy")
         self.workers = WorkerPool(config.parser_threads, "aiockpt-worker")
-        self.storage: Storage = LocalStorage(root, self.workers)
+        self.storage = LocalStorage(root, self.workers)
         self.saver = Saver(
             ring=self.ring,
             stager=HostStager(self._copiers),

@@ -161,7 +161,7 @@ def check_tag(tag: object) -> str:
         raise InvalidArgumentError("a tag cannot be empty")
     if tag.startswith("."):
         raise InvalidArgumentError(f"a tag cannot start with a dot: {tag!r}")
-    if "/" in tag or "\\" in tag or any(ord(char) < 32 for char in tag):
+    if "/" in tag or "\\" in tag or not _is_printable(tag):
         message = f"a tag is one plain directory name, not {tag!r}"
         raise InvalidArgumentError(message)
     if tag == "latest" or tag.startswith("latest."):
@@ -186,7 +186,7 @@ def check_path(path: object, tag_dirs: Sequence[str]) -> str:
     text = to_text() if to_text is not None else path
     if not isinstance(text, str) or not text:
         raise InvalidArgumentError(f"a path is a non-empty string, not {path!r}")
-    if any(ord(char) < 32 for char in text) or "\\" in text:
+    if "\\" in text or not _is_printable(text):
         raise InvalidArgumentError(f"unusable characters in the path {text!r}")
     relative = _relative(text, tag_dirs)
     parts = relative.split("/")
@@ -209,6 +209,10 @@ def _relative(text: str, tag_dirs: Sequence[str]) -> str:
             return normal[len(tag_dir) + 1 :]
     places = " or ".join(tag_dirs)
     raise InvalidArgumentError(f"{text!r} lies outside the tag ({places})")
+
+
+def _is_printable(text: str) -> bool:
+    return all(char >= " " for char in text)
 
 
 def _check_name(name: str, whole: str) -> None:

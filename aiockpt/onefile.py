@@ -73,7 +73,7 @@ def save_blocking(
 def _begin_save(
     obj: object, path: str | os.PathLike[str], metadata: Mapping[str, str] | None
 ) -> tuple[Machinery, Any]:
-    directory, name = os.path.split(os.path.abspath(path))
+    directory, name = os.path.split(os.path.abspath(path))  # noqa: PTH100
     if not name or not os.fspath(path) or os.fspath(path).endswith("/"):
         raise InvalidArgumentError(f"{os.fspath(path)!r} does not name a file")
     job = FileSave("", name, capture(obj), metadata)
@@ -102,7 +102,7 @@ async def _replace(machinery: Machinery, temporary: str, name: str) -> None:
     await run_blocking(machinery.planners, storage.sync_dir, "")
 
 
-async def load(
+async def load(  # noqa: PLR0913 - the contract's signature
     path: str | os.PathLike[str],
     map_location: Any = None,
     *,
@@ -140,7 +140,7 @@ async def load(
         pool.shutdown(wait=False)
 
 
-def load_blocking(
+def load_blocking(  # noqa: PLR0913 - the contract's signature
     path: str | os.PathLike[str],
     map_location: Any = None,
     *,

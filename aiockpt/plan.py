@@ -68,10 +68,10 @@ def _plan_safetensors(
         raise InvalidArgumentError(message)
     layout: Layout
     layout, tensors = safetensors.plan(capture.tree, metadata)
-    sources = [
+    sources: list[bytes | Span] = [
         Span(
             tensor.untyped_storage(),
-            tensor.storage_offset() * tensor.element_size(),
+            int(tensor.storage_offset()) * tensor.element_size(),
             tensor.nbytes,
         )
         for _, tensor in tensors

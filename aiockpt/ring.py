@@ -40,7 +40,9 @@ class Lease:
 
     __slots__ = ("_index", "_ring", "address", "view")
 
-    def __init__(self, ring: "Ring", index: int, view: memoryview, address: int) -> None:
+    def __init__(
+        self, ring: "Ring", index: int, view: memoryview, address: int
+    ) -> None:
         """Made by `Ring.lease`."""
         self._ring = ring
         self._index = index

@@ -6,7 +6,7 @@ be called from any thread; coroutines run on the engine's loop only, through
 `spawn`.
 """
 
-__all__ = ["LoadOptions", "Runtime", "raise_untold"]
+__all__ = ["Runtime", "raise_untold"]
 
 import asyncio
 import atexit
@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,26 +23,14 @@ from aiockpt.catalog import Catalog
 from aiockpt.config import EngineConfig
 from aiockpt.errors import CheckpointError, EngineStateError
 from aiockpt.events import CommitReport, Observer
-from aiockpt.loader import load_file
 from aiockpt.machinery import Machinery
 from aiockpt.manifest import TagInfo, check_path, check_tag
 from aiockpt.ranks.base import Ranks
 from aiockpt.ranks.single import SingleRank
 from aiockpt.retention import expired
 from aiockpt.saver import FileSave
+from aiockpt.storage.base import ReadFile
 from aiockpt.threads import Call, outlast, run_blocking
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
-    """How to load a file; see `CheckpointEngine.load`."""
-
-    map_location: Any = None
-    weights_only: bool = True
-    verify: bool = True
-    into: Any = None
-    keys: Sequence[str] | None = None
-    mmap: bool = False
-
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,7 +53,8 @@ class Runtime:
         observers: Sequence[Observer],
     ) -> None:
         """Starts the engine's thread; touches no file yet."""
-        self.root = os.path.abspath(root)
+        # Not resolved: looking at links is file work, and this is the caller's loop.
+        self.root = os.path.abspath(root)  # noqa: PTH100
         self._config = config
         self._machinery = machinery = Machinery(self.root, config, observers)
         self._catalog = Catalog(machinery.storage)
@@ -267,26 +255,22 @@ class Runtime:
             _logger.warning("old tags of %s remain: %s", self.root, error)
 
     async def load(
-        self, path: str | os.PathLike[str], tag: str | None, options: LoadOptions
-    ) -> Any:
-        """Loads one file of a published tag."""
-        return await run_blocking(
-            self._machinery.workers, self._load, path, tag, options
-        )
+        self,
+        path: str | os.PathLike[str],
+        tag: str | None,
+        read: Callable[[ReadFile], T],
+    ) -> T:
+        """What `read` makes of one file of a published tag, in a worker."""
+        return await run_blocking(self._machinery.workers, self._load, path, tag, read)
 
     def _load(
-        self, path: str | os.PathLike[str], tag: str | None, options: LoadOptions
-    ) -> Any:
+        self,
+        path: str | os.PathLike[str],
+        tag: str | None,
+        read: Callable[[ReadFile], T],
+    ) -> T:
         with closing(self._catalog.open_file(path, tag)) as file:
-            return load_file(
-                file,
-                map_location=options.map_location,
-                weights_only=options.weights_only,
-                verify=options.verify,
-                into=options.into,
-                keys=options.keys,
-                mmap=options.mmap,
-            )
+            return read(file)
 
     async def latest(self) -> str | None:
         """The tag to resume from."""

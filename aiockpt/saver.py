@@ -60,7 +60,7 @@ class FileSave:
     started_s: float = field(default_factory=perf_counter)
     staged: asyncio.Event = field(default_factory=asyncio.Event)
     written: asyncio.Event = field(default_factory=asyncio.Event)
-    error: BaseException | None = None
+    error: CheckpointError | None = None
     entry: FileEntry | None = None
     was_stepped: bool = False
     stall_s: float = 0.0
@@ -68,6 +68,11 @@ class FileSave:
     sync_s: float = 0.0
     staged_s: float = 0.0
     written_s: float = 0.0
+
+    def storage_ptrs(self) -> set[int]:
+        """Data pointers of the storages that it is copying."""
+        capture = self.capture
+        return capture.storage_ptrs() if capture is not None else set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +129,7 @@ class Saver:
 
     async def _plan(self, save: FileSave) -> FilePlan:
         start = perf_counter()
+        assert save.capture is not None
         plan = await run_blocking(
             self.planners,
             make_plan,

@@ -6,6 +6,7 @@ notebook. Ctrl-C cancels what is waited for, waits until it has ended, and goes 
 
 __all__ = ["CheckpointEngine", "SaveHandle", "load", "save"]
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from time import perf_counter
@@ -15,11 +16,12 @@ from typing import Any, Self
 from aiockpt.config import EngineConfig
 from aiockpt.errors import CheckpointError
 from aiockpt.events import CommitReport, Observer, Progress
+from aiockpt.loader import load_file
 from aiockpt.manifest import TagInfo
 from aiockpt.onefile import load_blocking as load
 from aiockpt.onefile import save_blocking as save
 from aiockpt.ranks.base import Ranks
-from aiockpt.runtime import LoadOptions, Runtime, raise_untold
+from aiockpt.runtime import Runtime, raise_untold
 from aiockpt.saver import FileSave
 
 
@@ -136,7 +138,7 @@ class CheckpointEngine:
         """Drops an open tag: nothing is published and nothing stays on the disk."""
         self._runtime.spawn(self._runtime.abort(tag)).result()
 
-    def load(
+    def load(  # noqa: PLR0913 - the contract's signature
         self,
         path: str | os.PathLike[str],
         map_location: Any = None,
@@ -149,7 +151,8 @@ class CheckpointEngine:
         mmap: bool = False,
     ) -> Any:
         """Loads one file of a published tag, verified."""
-        options = LoadOptions(
+        read = functools.partial(
+            load_file,
             map_location=map_location,
             weights_only=weights_only,
             verify=verify,
@@ -157,7 +160,7 @@ class CheckpointEngine:
             keys=keys,
             mmap=mmap,
         )
-        return self._runtime.spawn(self._runtime.load(path, tag, options)).result()
+        return self._runtime.spawn(self._runtime.load(path, tag, read)).result()
 
     def latest(self) -> str | None:
         """The tag to resume from; None where nothing is published."""

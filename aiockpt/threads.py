@@ -32,7 +32,10 @@ async def outlast(awaitable: Awaitable[T]) -> T:
 
 
 async def run_blocking(
-    pool: concurrent.futures.Executor, work: Callable[P, T], *args: P.args, **kw: P.kwargs
+    pool: concurrent.futures.Executor,
+    work: Callable[P, T],
+    *args: P.args,
+    **kw: P.kwargs,
 ) -> T:
     """Runs blocking `work` in `pool` and returns what it returns.
 

@@ -3,14 +3,14 @@
 __all__ = ["Source", "Stager"]
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from aiockpt.image import Chunk
 from aiockpt.pickling import Span
 from aiockpt.ring import Lease
 
 # Where the bytes of one record come from: known bytes, or a part of a storage.
-Source = bytes | Span
+Source: TypeAlias = bytes | Span
 
 
 class Stager(Protocol):
@@ -26,9 +26,7 @@ class Stager(Protocol):
         """
         ...
 
-    async def fill(
-        self, lease: Lease, chunk: Chunk, sources: Sequence[Source]
-    ) -> None:
+    async def fill(self, lease: Lease, chunk: Chunk, sources: Sequence[Source]) -> None:
         """Makes `lease` hold the chunk, except what its seals will write.
 
         Chunks of one file are filled in the order in which `fill` was called.

@@ -41,9 +41,7 @@ class HostStager:
                 message = f"tensors on {device} cannot be staged by this engine"
                 raise StagingError(message)
 
-    async def fill(
-        self, lease: Lease, chunk: Chunk, sources: Sequence[Source]
-    ) -> None:
+    async def fill(self, lease: Lease, chunk: Chunk, sources: Sequence[Source]) -> None:
         """See `Stager.fill`."""
         await run_blocking(self._copiers, _fill, lease, chunk, sources)
 

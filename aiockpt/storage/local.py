@@ -10,7 +10,7 @@ import functools
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Executor
 
 import aiofiles
@@ -193,7 +193,9 @@ class LocalStorage:
             while True:
                 descriptor = os.open(full, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                    fcntl.flock(
+                        descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+                    )
                 except BlockingIOError:
                     os.close(descriptor)
                     return None
@@ -234,14 +236,11 @@ class _LocalReadFile:
     def __init__(self, full: str, descriptor: int) -> None:
         self.path = full
         self._descriptor = descriptor
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise StorageError(errno.EINVAL, "not a regular file", full)
-        except BaseException:
-            os.close(descriptor)
-            raise
+        status = os.fstat(descriptor)
         self.nbytes = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise StorageError(errno.EINVAL, "not a regular file", full)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         with _errors_name(self.path):
@@ -376,9 +375,7 @@ def _reserve(descriptor: int, nbytes: int) -> None:
     padded = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
     try:
         _checked(
-            _libc.fallocate(
-                descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(padded)
-            )
+            _libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(padded))
         )
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
@@ -400,7 +397,7 @@ def _checked(result: int) -> None:
 
 
 @contextlib.contextmanager
-def _errors_name(full: str) -> Iterator[None]:
+def _errors_name(full: str) -> Generator[None]:
     """Turns an `OSError` into a `StorageError` that names the file."""
     try:
         yield

@@ -1,0 +1,78 @@
+"""What is checked, and how: `nox -l` lists it, plain `nox` runs what CI runs.
+
+Arguments after `--` go to the session's last command: `nox -s tests -- -k ring`.
+"""
+
+import os
+from pathlib import Path
+
+import nox
+
+CONSTRAINTS = "constraints.txt"
+# CI starts from nothing; a developer's second run should start at once.
+REUSE_VENV = "no" if os.environ.get("CI") else "yes"
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.reuse_venv = REUSE_VENV
+nox.options.error_on_external_run = True
+
+
+def install(session: nox.Session, *extras: str) -> None:
+    """Installs this checkout, editable, with `extras`.
+
+    torch goes first and by its exact version: a range that other packages name
+    is then satisfied already, whatever newer build an index offers.
+    """
+    session.install(_pinned("torch"))
+    package = f".[{','.join(extras)}]" if extras else "."
+    session.install("--constraint", CONSTRAINTS, "--editable", package)
+
+
+def _pinned(name: str) -> str:
+    lines = Path(CONSTRAINTS).read_text(encoding="utf-8").splitlines()
+    return next(line for line in lines if line.startswith(f"{name}=="))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, formatting, asyncio mistakes and the floors of the house."""
+    tools = ["ruff", "flake8-async", "import-linter"]
+    session.install("--constraint", CONSTRAINTS, *tools)
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    # `threads.py` settles cancellations by hand, where all others must let them pass.
+    files = Path("aiockpt").rglob("*.py")
+    session.run(
+        "flake8-async", "--asyncio", *(f"{f}" for f in files if f.name != "threads.py")
+    )
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Both type checkers, strict; `pyproject.toml` says on which files."""
+    install(session, "dev")
+    session.run("mypy")
+    session.run("pyright")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """pytest, without the tests that take minutes unless arguments say otherwise."""
+    install(session, "dev")
+    session.run("pytest", *(session.posargs or ["-m", "not slow"]))
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Installs the package as a user would and runs its demonstration."""
+    install(session)
+    session.run("python", "-m", "aiockpt", "demo", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Builds the documentation; a warning is an error."""
+    install(session, "docs")
+    session.run("mkdocs", "build", "--strict", "--site-dir", session.create_tmp())
