@@ -8,6 +8,7 @@ the version counters by which other changes are found).
 
 __all__ = ["StagingGate"]
 
+import os
 import threading
 from collections.abc import Iterable
 from time import perf_counter
@@ -41,7 +42,13 @@ class StagingGate:
         self._is_holding = is_holding
         self._staging: dict[int, Staging] = {}
         self._changed = threading.Condition()
+        self._pid = os.getpid()
         self._hook = register_optimizer_step_pre_hook(self._before_step)
+
+    @property
+    def _is_forked(self) -> bool:
+        # What was being staged at a fork is staged by the parent, and only there.
+        return os.getpid() != self._pid
 
     def enter(self, save: Staging) -> None:
         """From now on the sources of `save` must not change."""
@@ -56,7 +63,7 @@ class StagingGate:
 
     def wait(self) -> None:
         """Blocks the thread until everything that is being staged now has been."""
-        if not self._staging:
+        if not self._staging or self._is_forked:
             return
         start = perf_counter()
         with self._changed:
@@ -77,7 +84,7 @@ class StagingGate:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object
     ) -> None:
-        if not self._staging:
+        if not self._staging or self._is_forked:
             return
         if self._is_holding:
             self.wait()

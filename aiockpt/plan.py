@@ -54,7 +54,7 @@ def make_plan(
 
 
 # Saves of one run differ in values, rarely in sizes: their images are the same.
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def _zip_chunks(sizes: tuple[int, ...], chunk_bytes: int) -> tuple[int, list[Chunk]]:
     layout = torch_zip.layout(sizes)
     return layout.nbytes, list(chunks(layout, chunk_bytes))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from aiockpt.capture import Capture
-from aiockpt.checksums import Checksums
+from aiockpt.checksums import AbandonedError, Checksums
 from aiockpt.errors import CheckpointError, TornSnapshotError
 from aiockpt.events import Event, Planned, Progress, Staged, Written
 from aiockpt.guard import StagingGate
@@ -108,14 +108,18 @@ class Saver:
         If cancelled: copies and writes under way are waited for first.
         """
         plan = await self._plan(save)
-        file = await self.storage.create(target, plan.nbytes)
         try:
-            crc32 = await _Transfer(self, save, plan, file).run()
-            start = perf_counter()
-            await file.sync()
-            save.sync_s = perf_counter() - start
+            file = await self.storage.create(target, plan.nbytes)
+            try:
+                crc32 = await _Transfer(self, save, plan, file).run()
+                start = perf_counter()
+                await file.sync()
+                save.sync_s = perf_counter() - start
+            finally:
+                await file.close()
         finally:
-            await file.close()
+            # The traceback of a failure refers to the plan, and would hold the tensors.
+            plan.sources.clear()
         save.entry = FileEntry(
             path=save.path, nbytes=plan.nbytes, crc32=crc32, rank=rank
         )
@@ -129,21 +133,18 @@ class Saver:
 
     async def _plan(self, save: FileSave) -> FilePlan:
         start = perf_counter()
-        assert save.capture is not None
-        plan = await run_blocking(
-            self.planners,
-            make_plan,
-            save.capture,
-            save.path,
-            save.metadata,
-            self.ring.chunk_bytes,
-        )
-        self.stager.check(plan.sources)
+        plan = await run_blocking(self.planners, self._make_plan, save)
         save.plan_s = perf_counter() - start
         save.progress.planned_bytes = plan.nbytes
         self.emit(
             Planned(save.tag, save.path, plan.nbytes, plan.num_records, save.plan_s)
         )
+        return plan
+
+    def _make_plan(self, save: FileSave) -> FilePlan:
+        assert save.capture is not None
+        plan = make_plan(save.capture, save.path, save.metadata, self.ring.chunk_bytes)
+        self.stager.check(plan.sources)
         return plan
 
 
@@ -170,7 +171,12 @@ class _Transfer:
                 for chunk in self._plan.chunks:
                     lease = await self._saver.ring.lease()
                     next_turn = asyncio.Event()
-                    group.create_task(self._move(chunk, lease, turn, next_turn))
+                    task = group.create_task(
+                        self._move(chunk, lease, turn, next_turn)
+                    )
+                    # Not in the task: one that is cancelled before its first step (the
+                    # lease came from a chunk whose failure ends the group) runs nothing.
+                    task.add_done_callback(functools.partial(_release, lease))
                     turn = next_turn
         except BaseExceptionGroup as failures:
             raise _first(failures) from failures
@@ -191,7 +197,7 @@ class _Transfer:
     async def _move(
         self, chunk: Chunk, lease: Lease, turn: asyncio.Event, next_turn: asyncio.Event
     ) -> None:
-        """Fills one chunk and writes it; the lease ends with the write.
+        """Fills one chunk and writes it; the lease ends with the task.
 
         Writes are queued in the order of the chunks, as `Checksums.seal` needs it:
         the next turn begins before this write does, but its task runs only after
@@ -215,15 +221,13 @@ class _Transfer:
         except BaseException:
             self._sums.abandon()
             raise
-        finally:
-            lease.release()
 
     async def _release_sources(self) -> None:
         """Checks that what was copied is one state, and lets go of the sources."""
         save, saver = self._save, self._saver
-        changed = await run_blocking(saver.copiers, _check_sources, save, saver.gate)
-        self._plan.sources.clear()
-        save.capture = None
+        changed = await run_blocking(
+            saver.copiers, _check_sources, save, self._plan, saver.gate
+        )
         if changed is not None or save.was_stepped:
             raise _torn(save, changed)
         save.staged_s = perf_counter()
@@ -235,10 +239,20 @@ class _Transfer:
         )
 
 
-def _check_sources(save: FileSave, gate: StagingGate) -> str | None:
-    changed = save.capture.changed() if save.capture is not None else None
+def _check_sources(save: FileSave, plan: FilePlan, gate: StagingGate) -> str | None:
+    """The key of a source that changed, if one did; none is referred to any more."""
+    assert save.capture is not None
+    changed = save.capture.changed()
+    # First of all: until then the gate looks at the capture.
     gate.leave(save)
+    # Here and not on the loop: freeing many small objects takes a while.
+    save.capture = None
+    plan.sources.clear()
     return changed
+
+
+def _release(lease: Lease, _task: asyncio.Task[None]) -> None:
+    lease.release()
 
 
 def _torn(save: FileSave, key: str | None) -> TornSnapshotError:
@@ -251,7 +265,7 @@ def _torn(save: FileSave, key: str | None) -> TornSnapshotError:
 
 
 def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The failure to report: one that a caller can act on, if there is one."""
+    """The failure to report: one that a caller can act on, else a cause."""
     flat: list[BaseException] = []
     pending: list[BaseException] = [failures]
     while pending:
@@ -261,4 +275,5 @@ def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
         else:
             flat.append(error)
     acted_on = [error for error in flat if isinstance(error, CheckpointError)]
-    return (acted_on or flat)[0]
+    causes = [error for error in flat if not isinstance(error, AbandonedError)]
+    return (acted_on or causes or flat)[0]

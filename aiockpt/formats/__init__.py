@@ -1,0 +1,1 @@
+"""File formats: what stands at which offset, and how to read it back."""

@@ -1,0 +1,411 @@
+"""What stands where in a torch file, read from the end of the file.
+
+Any file that `torch.save` of torch 2.0 or later wrote is understood. Nothing read
+here is trusted: a file is refused where two of its tables disagree, since readers
+that each believe another table could be shown different contents.
+
+A caller reads the last `TAIL_BYTES` of the file for `find_directory`, the
+directory for `parse_directory`, and `Entry.header_nbytes` bytes per record for
+`data_offset`. Every function here raises `CorruptCheckpointError` (without the
+path, which it does not know) and no other error, whatever the bytes are.
+
+The tables are those of the .ZIP application note, sections 4.3.7 to 4.3.16.
+"""
+
+__all__ = [
+    "TAIL_BYTES",
+    "Directory",
+    "DirectorySpan",
+    "Entry",
+    "data_offset",
+    "find_directory",
+    "parse_directory",
+]
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from aiockpt.errors import CorruptCheckpointError
+
+_U16_MAX = 0xFFFF
+_U32_MAX = 0xFFFF_FFFF
+_MAX_DIRECTORY_BYTES = 1 << 30
+_MAX_SHOWN_BYTES = 80
+
+_END = struct.Struct("<IHHHHIIH")
+_END_SIGNATURE = b"PK\x05\x06"
+_LOCATOR = struct.Struct("<IIQI")
+_LOCATOR_SIGNATURE = b"PK\x06\x07"
+_END64 = struct.Struct("<IQHHIIQQQQ")
+_END64_SIGNATURE = b"PK\x06\x06"
+_ENTRY = struct.Struct("<IHHHHHHIIIHHHHHII")
+_ENTRY_SIGNATURE = 0x02014B50
+_LOCAL_HEADER = struct.Struct("<IHHHHHIIIHH")
+_LOCAL_HEADER_SIGNATURE = 0x04034B50
+_EXTRA_LENGTH = struct.Struct("<H")
+_EXTRA = struct.Struct("<HH")
+_ZIP64_EXTRA = 0x0001
+
+_ENCRYPTED_FLAG = 0x0001
+_DESCRIPTOR_FLAG = 0x0008
+_UTF8_FLAG = 0x0800
+
+_END64_BYTES = _END64.size + _LOCATOR.size
+TAIL_BYTES = _END64_BYTES + _END.size + _U16_MAX
+"""So many last bytes of a file always hold its end records, if it has any."""
+
+
+class DirectorySpan(NamedTuple):
+    """Where the central directory stands in the file, and its number of entries."""
+
+    offset: int
+    nbytes: int
+    num_records: int
+
+
+class Entry(NamedTuple):
+    """One record of the file, as the central directory tells it.
+
+    Attributes:
+        name: Name without the archive's, such as `data/0`.
+        header_offset: File offset of the local header.
+        nbytes: Length of the data.
+        crc32: Checksum of the data, by the file's own account.
+        limit: File offset that the data's end cannot pass: the next local header
+            or the directory.
+        full_name: Name with the archive's, as it stands in the file.
+    """
+
+    name: str
+    header_offset: int
+    nbytes: int
+    crc32: int
+    limit: int
+    full_name: bytes
+
+    @property
+    def header_nbytes(self) -> int:
+        """How many bytes from `header_offset` `data_offset` wants to see."""
+        return _LOCAL_HEADER.size + len(self.full_name)
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """The records of a file.
+
+    Attributes:
+        archive: The directory that all records are in, such as `archive`.
+        entries: By name without the archive's, in the directory's order.
+    """
+
+    archive: str
+    entries: Mapping[str, Entry]
+
+
+def find_directory(tail: bytes, file_nbytes: int) -> DirectorySpan | None:
+    """Finds the central directory from the last bytes of a file.
+
+    An end record followed by its comment, or by zeros (padding of the last block),
+    is accepted.
+
+    Args:
+        tail: The last bytes of the file, at best `TAIL_BYTES` or more.
+        file_nbytes: Length of the file.
+
+    Returns:
+        The span, or None where `tail` is too short to tell. It is long enough with
+        `TAIL_BYTES` bytes, and with the whole of a shorter file.
+
+    Raises:
+        CorruptCheckpointError: The file has no consistent end records.
+    """
+    is_enough = len(tail) >= min(TAIL_BYTES, file_nbytes)
+    base = file_nbytes - len(tail)
+    lowest = max(0, len(tail) - _END.size - _U16_MAX)
+    at = tail.rfind(_END_SIGNATURE, lowest, len(tail) - _END.size + 4)
+    if at < 0 and is_enough:
+        raise CorruptCheckpointError(
+            "no zip end record: the file is cut off, or is not a torch file",
+            offset=file_nbytes,
+        )
+    if at < 0 or (at < _END64_BYTES and not is_enough):
+        return None
+    span, end = _read_end_records(tail, at, base)
+    _check_span(span, base + end)
+    return span
+
+
+def parse_directory(data: bytes, span: DirectorySpan) -> Directory:
+    """Reads the central directory, and refuses what no torch file contains.
+
+    Args:
+        data: The `span.nbytes` bytes of the file from `span.offset`.
+        span: What `find_directory` returned.
+
+    Raises:
+        CorruptCheckpointError: An entry is malformed, compressed, encrypted or a
+            duplicate, lies outside the file or in another record, has a name that
+            is no plain relative path, or there are more or fewer entries than
+            announced; or the file is a TorchScript archive.
+    """
+    raw: list[tuple[int, int, int, bytes]] = []
+    at = 0
+    for _ in range(span.num_records):
+        entry, at = _read_entry(data, at, span.offset)
+        raw.append(entry)
+    if at != len(data) or at != span.nbytes:
+        raise CorruptCheckpointError(
+            f"the zip directory has bytes behind its {span.num_records} entries",
+            offset=span.offset + at,
+        )
+    limits = _limits(raw, span.offset)
+    archive = raw[0][3].partition(b"/")[0]
+    entries: dict[str, Entry] = {}
+    for offset, nbytes, crc, full_name in raw:
+        name = _relative_name(full_name, archive, offset)
+        if name in entries:
+            raise CorruptCheckpointError(
+                f"the zip directory has two records {_shown(full_name)}", offset=offset
+            )
+        entries[name] = Entry(name, offset, nbytes, crc, limits[offset], full_name)
+    if "constants.pkl" in entries:
+        raise CorruptCheckpointError("a TorchScript archive, not a checkpoint")
+    return Directory(archive.decode(), entries)
+
+
+def data_offset(entry: Entry, header: bytes) -> int:
+    """Returns the file offset of a record's data.
+
+    Args:
+        entry: The record, from `parse_directory`.
+        header: `entry.header_nbytes` bytes or more from `entry.header_offset`.
+
+    Raises:
+        CorruptCheckpointError: The local header does not describe the record that
+            the directory describes.
+    """
+    fault = _header_fault(entry, header)
+    if fault is None:
+        (num_extra,) = _EXTRA_LENGTH.unpack_from(header, _LOCAL_HEADER.size - 2)
+        offset: int = entry.header_offset + entry.header_nbytes + num_extra
+        if offset + entry.nbytes <= entry.limit:
+            return offset
+        fault = f"puts its end beyond {entry.limit}"
+    raise CorruptCheckpointError(
+        f"the local header of record {_shown(entry.full_name)} {fault}",
+        offset=entry.header_offset,
+    )
+
+
+def _check_span(span: DirectorySpan, end: int) -> None:
+    """Refuses a directory that does not reach up to its end records at `end`."""
+    if span.offset + span.nbytes != end:
+        raise CorruptCheckpointError(
+            f"the zip directory is said to end at {span.offset + span.nbytes}, "
+            f"but its end records start at {end}",
+            offset=end,
+        )
+    if not 0 < span.num_records <= span.nbytes // _ENTRY.size:
+        raise CorruptCheckpointError(
+            f"a zip directory of {span.nbytes} bytes cannot have "
+            f"{span.num_records} entries",
+            offset=end,
+        )
+    if span.nbytes > _MAX_DIRECTORY_BYTES:
+        raise CorruptCheckpointError(
+            f"the zip directory has {span.nbytes} bytes, "
+            f"more than the {_MAX_DIRECTORY_BYTES} allowed",
+            offset=span.offset,
+        )
+
+
+def _read_end_records(tail: bytes, at: int, base: int) -> tuple[DirectorySpan, int]:
+    """Reads the end record at `at`, and the zip64 ones where they are there.
+
+    Returns the span as told, and where in `tail` the end records start.
+    """
+    _, disk, first_disk, on_disk, count, nbytes, offset, num_comment = _END.unpack_from(
+        tail, at
+    )
+    behind = at + _END.size + num_comment
+    if tail.count(0, behind) != len(tail) - behind:
+        raise CorruptCheckpointError(
+            "the zip end record is not followed by its comment and zeros",
+            offset=base + at,
+        )
+    if disk != 0 or first_disk != 0 or on_disk != count:
+        raise CorruptCheckpointError(
+            "the zip archive is split over several files", offset=base + at
+        )
+    span = DirectorySpan(offset, nbytes, count)
+    locator_at = at - _LOCATOR.size
+    if locator_at < 0 or not tail.startswith(_LOCATOR_SIGNATURE, locator_at):
+        return span, at
+    end64_at = locator_at - _END64.size
+    span64 = _read_end64(tail, end64_at, base)
+    for told, told64, limit in zip(
+        span, span64, (_U32_MAX, _U32_MAX, _U16_MAX), strict=True
+    ):
+        if told not in (told64, limit):
+            raise CorruptCheckpointError(
+                f"the zip end records disagree: {told} and {told64}", offset=base + at
+            )
+    return span64, end64_at
+
+
+def _read_end64(tail: bytes, at: int, base: int) -> DirectorySpan:
+    """Reads the zip64 end record at `at`, which its locator must name."""
+    if at < 0 or not tail.startswith(_END64_SIGNATURE, at):
+        raise CorruptCheckpointError(
+            "no zip64 end record before its locator", offset=base + max(at, 0)
+        )
+    _, end_disk, end_offset, num_disks = _LOCATOR.unpack_from(tail, at + _END64.size)
+    _, rest, _, _, disk, first_disk, on_disk, count, nbytes, offset = (
+        _END64.unpack_from(tail, at)
+    )
+    if (
+        (end_disk, num_disks, disk, first_disk) != (0, 1, 0, 0)
+        or end_offset != base + at
+        or rest != _END64.size - 12
+        or on_disk != count
+    ):
+        raise CorruptCheckpointError(
+            "the zip64 end record and its locator disagree", offset=base + at
+        )
+    return DirectorySpan(offset, nbytes, count)
+
+
+def _read_entry(
+    data: bytes, at: int, base: int
+) -> tuple[tuple[int, int, int, bytes], int]:
+    """Reads `(header offset, length, CRC-32, full name)`, and where it ends."""
+    if at + _ENTRY.size > len(data):
+        raise CorruptCheckpointError("the zip directory is cut off", offset=base + at)
+    (
+        signature, _, _, flags, method, _, _, crc, stored, size,
+        num_name, num_extra, num_comment, disk, _, _, offset,
+    ) = _ENTRY.unpack_from(data, at)  # fmt: skip
+    name_at = at + _ENTRY.size
+    extra_at = name_at + num_name
+    comment_at = extra_at + num_extra
+    end = comment_at + num_comment
+    fault = None
+    if signature != _ENTRY_SIGNATURE or end > len(data):
+        fault = "is malformed"
+    elif reason := _unsupported(method, flags):
+        fault = f"is {reason}"
+    elif disk != 0:
+        fault = "is in another file"
+    if fault is not None:
+        raise CorruptCheckpointError(
+            f"the zip directory entry at {base + at} {fault}", offset=base + at
+        )
+    if _U32_MAX in (stored, size, offset):
+        extra = data[extra_at:comment_at]
+        size, stored, offset = _read_zip64(extra, (size, stored, offset), base + at)
+    if stored != size:
+        raise CorruptCheckpointError(
+            f"the zip directory entry at {base + at} has two lengths", offset=base + at
+        )
+    return (offset, size, crc, data[name_at:extra_at]), end
+
+
+def _read_zip64(
+    extra: bytes, fields: tuple[int, int, int], base: int
+) -> tuple[int, int, int]:
+    """Replaces the fields of 32 one-bits by the zip64 extra's, in its order."""
+    at = 0
+    while at + _EXTRA.size <= len(extra):
+        kind, nbytes = _EXTRA.unpack_from(extra, at)
+        at += _EXTRA.size
+        if kind == _ZIP64_EXTRA:
+            body = extra[at : at + nbytes]
+            wide = iter(struct.unpack_from(f"<{len(body) // 8}Q", body))
+            size, stored, offset = (
+                next(wide, -1) if value == _U32_MAX else value for value in fields
+            )
+            if -1 not in (size, stored, offset):
+                return size, stored, offset
+        at += nbytes
+    raise CorruptCheckpointError(
+        f"the zip directory entry at {base} lacks its zip64 fields", offset=base
+    )
+
+
+def _limits(
+    raw: list[tuple[int, int, int, bytes]], directory_offset: int
+) -> dict[int, int]:
+    """For each header offset, the one that follows; refuses what overlaps."""
+    ordered = sorted((entry[0], entry[1], entry[3]) for entry in raw)
+    ordered.append((directory_offset, 0, b""))
+    limits: dict[int, int] = {}
+    for (offset, nbytes, name), (limit, _, _) in pairwise(ordered):
+        if offset + _LOCAL_HEADER.size + len(name) + nbytes > limit:
+            raise CorruptCheckpointError(
+                f"record {_shown(name)} reaches beyond {limit}, where another record "
+                "or the zip directory starts",
+                offset=offset,
+            )
+        limits[offset] = limit
+    return limits
+
+
+def _relative_name(full_name: bytes, archive: bytes, offset: int) -> str:
+    """Returns the name inside the archive, a plain relative path."""
+    head, _, tail = full_name.partition(b"/")
+    parts = (head, *tail.split(b"/"))
+    if (
+        head != archive
+        or any(part in (b"", b".", b"..") for part in parts)
+        or b"\0" in full_name
+        or full_name.decode(errors="replace").encode() != full_name
+    ):
+        raise CorruptCheckpointError(
+            f"record {_shown(full_name)} is not a plain path inside the archive "
+            f"{_shown(archive)}",
+            offset=offset,
+        )
+    return tail.decode()
+
+
+def _header_fault(entry: Entry, header: bytes) -> str | None:
+    """What a local header says otherwise than the directory, or None."""
+    if len(header) < entry.header_nbytes:
+        return "is cut off"
+    signature, _, flags, method, _, _, crc, stored, size, num_name, _ = (
+        _LOCAL_HEADER.unpack_from(header)
+    )
+    name = header[_LOCAL_HEADER.size : entry.header_nbytes]
+    if signature != _LOCAL_HEADER_SIGNATURE:
+        return "is not there"
+    if num_name != len(name) or name != entry.full_name:
+        return "is another record's"
+    if reason := _unsupported(method, flags):
+        return f"is {reason}"
+    # With a data descriptor the header may leave these to it, as torch does.
+    # Lengths of 32 one-bits stand in the zip64 extra, so they say nothing here.
+    left_out = (0,) if flags & _DESCRIPTOR_FLAG else ()
+    sizes = (entry.nbytes, _U32_MAX, *left_out)
+    if stored in sizes and size in sizes and crc in (entry.crc32, *left_out):
+        return None
+    return "has another length or checksum"
+
+
+def _unsupported(method: int, flags: int) -> str | None:
+    """What makes a record unreadable, or None: torch stores its records plainly."""
+    if method != 0:
+        return f"compressed (method {method})"
+    if flags & _ENCRYPTED_FLAG:
+        return "encrypted"
+    if flags & ~(_UTF8_FLAG | _DESCRIPTOR_FLAG):
+        return f"of an unknown kind (flags {flags:#06x})"
+    return None
+
+
+def _shown(name: bytes) -> str:
+    """The name for a message, shortened where it would flood it."""
+    text = name[:_MAX_SHOWN_BYTES].decode(errors="backslashreplace")
+    return repr(text) if len(name) <= _MAX_SHOWN_BYTES else f"{text!r}..."
