@@ -145,10 +145,19 @@ class Attempt:
         try:
             await self._run(save)
         finally:
-            await outlast(self._means.saver.release(save))
+            # In one piece: a cancellation that comes only now (another save fails) must
+            # not leave out the end of it, for which `commit` waits.
+            await outlast(self._conclude(save, task))
+
+    async def _conclude(self, save: FileSave, task: "asyncio.Task[object]") -> None:
+        try:
+            await self._means.saver.release(save)
             self._tasks.discard(task)
+            if save.entry is None and save.error is None:
+                save.error = CheckpointError(f"{self.tag}/{save.path} was not finished")
             if save.error is not None and self.failure is None:
-                await outlast(self._fail(save.error, save.path))
+                await self._fail(save.error, save.path)
+        finally:
             save.written.set()
 
     async def _run(self, save: FileSave) -> None:
@@ -199,8 +208,8 @@ class Attempt:
         Raises:
             EngineStateError: Nothing has been saved; the attempt stays open.
 
-        If cancelled: before publishing has begun, the attempt stays open; from
-        there on it is finished first, and the cancellation is dropped.
+        If cancelled: before publishing has begun, the attempt stays open. From there
+        on it is finished first; the cancellation is then dropped, unless that failed.
         """
         async with self._ending:
             if self.report is not None or self.failure is not None:
@@ -216,11 +225,13 @@ class Attempt:
                 raise
             if self.failure is None:
                 self._is_publishing = True
-                # Shielded, and cancellation dropped: there is no half of this.
+                # Shielded: there is no half of this.
                 try:
                     await outlast(self._publish())
                 except asyncio.CancelledError:
-                    _logger.debug("commit of tag %s outlived its caller", self.tag)
+                    # A failure waits for the next caller; this one would not see it.
+                    if self.report is None:
+                        raise
 
     def _seal(self, *, is_sealed: bool) -> None:
         with self._adding:

@@ -14,6 +14,7 @@ directory is the one commit point. Everything here blocks: call it in a worker.
 __all__ = ["Catalog"]
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -53,6 +54,10 @@ _PENDING = "latest."
 # A manifest takes about 100 bytes a file; a tag name less than 256.
 _MAX_MANIFEST_BYTES = 1 << 30
 _MAX_LATEST_BYTES = 4096
+# Each retry needs one more overwrite to come in between.
+_MAX_RETRIES = 100
+# A link, a directory, a device or a huge file where a small file should be.
+_WRONG_KIND = {errno.ELOOP, errno.ENOTDIR, errno.EINVAL, errno.ENXIO, errno.EFBIG}
 
 
 class Catalog:
@@ -71,7 +76,7 @@ class Catalog:
     # --- the engine's own work area -----------------------------------------
 
     def open_work(self) -> None:
-        """Makes this engine's work area. Idempotent.
+        """Makes this engine's work area, and sweeps those of the dead. Idempotent.
 
         Raises:
             StorageError: The root cannot be made or written.
@@ -84,11 +89,11 @@ class Catalog:
         # Locked before the directory exists: a directory without a held lock is dead.
         self._lock = self._storage.lock(f"{_WORK_DIR}/{self._engine}.lock", wait=True)
         self._storage.make_dirs(f"{_WORK_DIR}/{self._engine}")
+        # Not every engine is started by a context manager, which sweeps, too.
+        self.sweep_if_any()
 
     def sweep_if_any(self) -> None:
-        """Sweeps a root that was used before and can be written; else does nothing."""
-        if not self._storage.exists(_WORK_DIR):
-            return
+        """Sweeps a root that can be written; else only says so."""
         try:
             self.sweep()
         except StorageError as error:
@@ -105,21 +110,17 @@ class Catalog:
         finally:
             lock.release()
 
-    def abandon_work(self) -> None:
-        """In a forked child: forgets the lock, which is the parent's."""
-        self._lock = None
-
     def sweep(self) -> list[str]:
         """Removes what dead engines left; the names of these engines.
 
         An engine is alive while it holds its lock, however old its files are.
         """
+        if not self._storage.exists(_WORK_DIR):
+            return []
         with self._changing_tags():
             self._settle_latest()
         dead: list[str] = []
-        for engine in self._storage.list_dir(_WORK_DIR):
-            if engine == self._engine:
-                continue
+        for engine in sorted(self._engines() - {self._engine}):
             lock_path = f"{_WORK_DIR}/{engine}.lock"
             lock = self._storage.lock(lock_path, wait=False)
             if lock is None:
@@ -132,6 +133,12 @@ class Catalog:
             dead.append(engine)
             _logger.info("removed what the dead engine %s left behind", engine)
         return dead
+
+    def _engines(self) -> set[str]:
+        """The engines that have left a directory or a lock, dead or alive."""
+        names = self._storage.list_files(_WORK_DIR)
+        locks = {name.removesuffix(".lock") for name in names if name.endswith(".lock")}
+        return locks.union(self._storage.list_dir(_WORK_DIR))
 
     def new_directory(self) -> tuple[str, str]:
         """A fresh directory for an attempt, and the attempt's unique name."""
@@ -146,16 +153,18 @@ class Catalog:
 
     # --- publishing ----------------------------------------------------------
 
-    def check_free(self, tag: str) -> None:
-        """Returns if nothing is published under `tag`.
+    def check_free(self, tag: str, *, is_overwrite: bool = False) -> None:
+        """Returns if `tag` can be published: nothing has that name, or may go.
 
         Raises:
-            EngineStateError: The tag is published.
+            EngineStateError: The tag is published, and not to be overwritten.
             InvalidArgumentError: A foreign file or directory has that name.
         """
         if not self._storage.exists(tag):
             return
         if self._is_published(tag):
+            if is_overwrite:
+                return
             raise EngineStateError(
                 f"tag {tag!r} is published already (overwrite=True replaces it)"
             )
@@ -191,10 +200,13 @@ class Catalog:
         for path in reversed(subdirectories):
             storage.sync_dir(f"{directory}/{path}")
         with self._changing_tags():
+            # What a dead engine published last comes before this, for good.
+            self._settle_latest()
+            before = self._read_pointer(_LATEST)
             manifest = Manifest(
                 tag=tag,
                 attempt=attempt,
-                published_ns=self._next_published_ns(),
+                published_ns=_next_ns(before.published_ns if before else 0),
                 world_size=world_size,
                 files=tuple(sorted(files, key=lambda entry: entry.path)),
                 versions=_versions(),
@@ -218,6 +230,7 @@ class Catalog:
             except BaseException:
                 # Not known to be durable: hidden again before anyone is told of it.
                 self._hide(tag, directory, is_swap=is_swap)
+                self._restore_latest(before, pending)
                 raise
         return manifest
 
@@ -238,10 +251,16 @@ class Catalog:
         except StorageError:
             _logger.exception("the failed commit of tag %s could not be undone", tag)
 
-    def _next_published_ns(self) -> int:
-        last = self._read_latest()
-        last_ns = self.manifest(last).published_ns if last is not None else 0
-        return max(time.time_ns(), last_ns + 1)
+    def _restore_latest(self, before: Manifest | None, pending: str) -> None:
+        try:
+            if self._storage.exists(pending):
+                self._storage.remove(pending)
+            elif before is None:
+                self._storage.remove(_LATEST)
+            else:
+                self._point_latest(before.tag)
+        except StorageError:
+            _logger.exception("`latest` could not be set back")
 
     @contextlib.contextmanager
     def _changing_tags(self) -> Generator[None]:
@@ -263,7 +282,7 @@ class Catalog:
         """
         path = f"{check_tag(tag)}/{MANIFEST_PATH}"
         try:
-            data = self._storage.read_bytes(path, _MAX_MANIFEST_BYTES)
+            data = self._read_manifest(tag, path)
         except CheckpointNotFoundError as error:
             known = ", ".join(info.tag for info in self.tags()) or "none"
             message = f"no tag {tag!r} in {self._storage.root!r}; published: {known}"
@@ -274,48 +293,75 @@ class Catalog:
             raise CorruptCheckpointError(message, path=path)
         return manifest
 
+    def _read_manifest(self, tag: str, path: str) -> bytes:
+        for _ in range(_MAX_RETRIES):
+            try:
+                return self._storage.read_bytes(path, _MAX_MANIFEST_BYTES)
+            except CheckpointNotFoundError:
+                if not self._is_published(tag):
+                    raise
+                # Overwritten, and the old one removed, on the way to the file.
+        return self._storage.read_bytes(path, _MAX_MANIFEST_BYTES)
+
     def tags(self) -> list[TagInfo]:
         """Every published tag, oldest first. A broken one is logged and left out."""
-        found: list[TagInfo] = []
+        return [TagInfo.of(manifest) for manifest in self._manifests(is_tolerant=True)]
+
+    def _manifests(self, *, is_tolerant: bool) -> list[Manifest]:
+        """The manifests of all tags, oldest first; broken ones are left out.
+
+        Raises:
+            StorageError: The file system refused to show one; with `is_tolerant`,
+                that one is left out, too.
+        """
+        found: list[Manifest] = []
         for name in self._storage.list_dir(""):
             try:
                 if name.startswith(".") or not self._is_published(check_tag(name)):
                     continue
-                found.append(TagInfo.of(self.manifest(name)))
+                found.append(self.manifest(name))
             except (InvalidArgumentError, CheckpointNotFoundError):
                 # A foreign directory, or a tag deleted while we looked.
                 continue
             except (CorruptCheckpointError, StorageError) as error:
+                if not (is_tolerant or _is_about_content(error)):
+                    raise
                 _logger.warning("tag %s is left out: %s", name, error)
-        return sorted(found, key=lambda info: info.published_ns)
+        return sorted(found, key=lambda manifest: manifest.published_ns)
 
     def latest(self) -> str | None:
         """The tag to resume from; None where nothing is published.
 
         A pointer that is missing, torn or dangling is repaired from the manifests.
+
+        Raises:
+            StorageError: The file system refused to show the pointer or a manifest.
+                Because of that, an older tag must not be taken for the latest.
         """
-        tag = self._read_latest()
-        if tag is not None:
-            return tag
-        tags = self.tags()
-        if not tags:
-            return None
-        _logger.warning(
-            "%s/latest names no tag; repaired from the manifests to %s",
-            self._storage.root,
-            tags[-1].tag,
-        )
+        manifest = self._latest()
+        return manifest.tag if manifest is not None else None
+
+    def _latest(self) -> Manifest | None:
+        manifest = self._read_pointer(_LATEST)
+        if manifest is not None or (newest := self._newest()) is None:
+            return manifest
         try:
             with self._changing_tags():
-                # Somebody may have repaired it, or published, since we looked.
-                tag = self._read_latest()
-                if tag is None:
-                    tag = tags[-1].tag
-                    self._point_latest(tag)
+                # Somebody may have repaired it, published or deleted meanwhile.
+                manifest = self._read_pointer(_LATEST)
+                if manifest is None and (newest := self._newest()) is not None:
+                    self._point_latest(newest.tag)
         except StorageError as error:
             _logger.warning("`latest` could not be repaired: %s", error)
-            tag = tags[-1].tag
-        return tag
+        if manifest is None and newest is not None:
+            message = "%s/latest names no tag; by the manifests it is %s"
+            _logger.warning(message, self._storage.root, newest.tag)
+        return manifest or newest
+
+    def _newest(self) -> Manifest | None:
+        """The tag that was published last, by the manifests."""
+        manifests = self._manifests(is_tolerant=False)
+        return manifests[-1] if manifests else None
 
     def open_file(self, path: str | os.PathLike[str], tag: str | None) -> ReadFile:
         """Opens a file of a published tag (by default the latest) for reading.
@@ -327,14 +373,29 @@ class Catalog:
             CorruptCheckpointError: Its length is not that of the manifest.
         """
         root = self._storage.root
-        text = os.fspath(path)
-        if tag is None and text.startswith(f"{root}/"):
+        text: object = os.fspath(path) if isinstance(path, os.PathLike) else path
+        if tag is None and isinstance(text, str) and text.startswith(f"{root}/"):
             tag, _, text = text.removeprefix(f"{root}/").partition("/")
-        tag = tag if tag is not None else self.latest()
-        if tag is None:
-            raise CheckpointNotFoundError(f"nothing is published in {root!r}")
-        manifest = self.manifest(tag)
-        relative = check_path(text, [f"{root}/{tag}"])
+        while True:
+            manifest = self.manifest(tag) if tag is not None else self._latest()
+            if manifest is None:
+                raise CheckpointNotFoundError(f"nothing is published in {root!r}")
+            relative = check_path(text, [f"{root}/{manifest.tag}"])
+            try:
+                return self._open_entry(manifest, relative)
+            except (CheckpointNotFoundError, CorruptCheckpointError):
+                if self._is_current(manifest):
+                    raise
+                # Overwritten or deleted between the look at it and at the file.
+
+    def _is_current(self, manifest: Manifest) -> bool:
+        try:
+            return self.manifest(manifest.tag).attempt == manifest.attempt
+        except CheckpointNotFoundError:
+            return False
+
+    def _open_entry(self, manifest: Manifest, relative: str) -> ReadFile:
+        tag = manifest.tag
         entries = {entry.path: entry for entry in manifest.files}
         if relative not in entries:
             known = ", ".join(map(repr, entries))
@@ -350,17 +411,30 @@ class Catalog:
             )
         return file
 
-    def _read_latest(self) -> str | None:
+    def _read_pointer(self, path: str) -> Manifest | None:
+        """The tag that a pointer file names; None unless that is a published one.
+
+        Raises:
+            StorageError: The file system refused to say.
+        """
         try:
-            data = self._storage.read_bytes(_LATEST, _MAX_LATEST_BYTES)
-            return self.manifest(check_tag(data.decode().strip())).tag
-        except (CheckpointError, UnicodeDecodeError):
+            data = self._storage.read_bytes(path, _MAX_LATEST_BYTES)
+            return self.manifest(check_tag(data.decode().strip()))
+        except UnicodeDecodeError:
+            return None
+        except CheckpointError as error:
+            if not _is_about_content(error):
+                raise
             return None
 
     def _point_latest(self, tag: str) -> None:
         pending = f"{PRIVATE_DIR}/{_PENDING}{secrets.token_hex(8)}"
         self._storage.write_durable(pending, f"{tag}\n".encode())
-        self._storage.replace(pending, _LATEST)
+        try:
+            self._storage.replace(pending, _LATEST)
+        except BaseException:
+            self._storage.remove(pending)
+            raise
         self._storage.sync_dir("")
 
     def _settle_latest(self) -> None:
@@ -370,20 +444,12 @@ class Catalog:
             if not name.startswith(_PENDING):
                 continue
             pending = f"{PRIVATE_DIR}/{name}"
-            attempt = name.removeprefix(_PENDING)
-            if self._is_of_attempt(pending, attempt):
+            manifest = self._read_pointer(pending)
+            if manifest and manifest.attempt == name.removeprefix(_PENDING):
                 storage.replace(pending, _LATEST)
                 storage.sync_dir("")
             else:
                 storage.remove(pending)
-
-    def _is_of_attempt(self, pending: str, attempt: str) -> bool:
-        """Whether the tag that a pending pointer names was published by `attempt`."""
-        try:
-            tag = self._storage.read_bytes(pending, _MAX_LATEST_BYTES).decode().strip()
-            return self.manifest(tag).attempt == attempt
-        except (CheckpointError, UnicodeDecodeError):
-            return False
 
     # --- deleting ------------------------------------------------------------
 
@@ -400,20 +466,29 @@ class Catalog:
         with self._changing_tags():
             if not self._is_published(check_tag(tag)):
                 self.manifest(tag)
-            was_latest = self._read_latest() == tag
+            latest = self._read_pointer(_LATEST)
             self._storage.rename_dir(tag, directory)
             self._storage.sync_dir("")
-            if was_latest:
+            if latest is not None and latest.tag == tag:
                 self._retreat_latest()
         self._storage.remove_tree(directory)
 
     def _retreat_latest(self) -> None:
-        tags = self.tags()
-        if tags:
-            self._point_latest(tags[-1].tag)
+        newest = self._newest()
+        if newest is not None:
+            self._point_latest(newest.tag)
         else:
             self._storage.remove(_LATEST)
             self._storage.sync_dir("")
+
+
+def _is_about_content(error: CheckpointError) -> bool:
+    """Whether what stands there is wrong, not the way to it."""
+    return not isinstance(error, StorageError) or error.errno in _WRONG_KIND
+
+
+def _next_ns(last_ns: int) -> int:
+    return max(time.time_ns(), last_ns + 1)
 
 
 def _versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ of its own pieces; `Checksums` folds them in image order with CRC combination
 record's CRC can be made as soon as the record's last piece is known.
 """
 
-__all__ = ["Checksums"]
+__all__ = ["AbandonedError", "Checksums"]
 
 import threading
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from isal.isal_zlib import crc32, crc32_combine
 from aiockpt.image import Chunk
 
 
-class _AbandonedError(Exception):
+class AbandonedError(Exception):
     """Another worker's chunk failed, so this one's turn will never come."""
 
 
@@ -41,6 +41,10 @@ class Checksums:
         """Sums a filled chunk and writes into `view` what depends on checksums.
 
         Afterwards `view[:chunk.nbytes]` is exactly what belongs on disk.
+
+        Raises:
+            AbandonedError: A chunk before this one will not come; its failure is the
+                cause, wherever that is reported.
         """
         try:
             pieces = [
@@ -66,7 +70,7 @@ class Checksums:
             self._changed.notify_all()
             while wait and self._num_folded <= index:
                 if self._is_abandoned:
-                    raise _AbandonedError
+                    raise AbandonedError
                 self._changed.wait()
 
     def _fold(self, pieces: Sequence[tuple[int, int, int]]) -> None:

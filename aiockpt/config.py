@@ -4,7 +4,6 @@ __all__ = ["GIB", "MIB", "EngineConfig"]
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -46,10 +45,13 @@ class EngineConfig:
         if not _MIN_RING_BYTES / GIB <= self.host_cache_size <= _MAX_RING_GIB:
             raise InvalidArgumentError(
                 f"host_cache_size is in GiB and at least {_MIN_RING_BYTES / GIB} "
-                f"(8 MiB), not {self.host_cache_size}"
+                f"(8 MiB), not {self.host_cache_size!r}"
             )
         _check_threads(self.parser_threads)
         _check_switch("guard", self.guard)
+        _check_policies(self.retention)
+        # A copy: the caller's list may change, the engine's settings may not.
+        object.__setattr__(self, "retention", tuple(self.retention))
 
     @property
     def ring_bytes(self) -> int:
@@ -87,10 +89,8 @@ class EngineConfig:
 
 
 def _check_number(name: str, value: Any) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and math.isfinite(value):
-        return
-    raise InvalidArgumentError(f"{name} is a number of GiB, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidArgumentError(f"{name} is a number of GiB, not {value!r}")
 
 
 def _check_threads(value: Any) -> None:
@@ -105,6 +105,16 @@ def _check_threads(value: Any) -> None:
 def _check_switch(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise InvalidArgumentError(f"{name} is True or False, not {value!r}")
+
+
+def _check_policies(value: Any) -> None:
+    are_policies = isinstance(value, Sequence) and all(
+        isinstance(policy, RetentionPolicy) and not isinstance(policy, type)
+        for policy in value
+    )
+    if not are_policies:
+        message = f"retention is a sequence of policies, not {value!r}"
+        raise InvalidArgumentError(message)
 
 
 def _unknown_key(key: object, known: Sequence[str]) -> str:

@@ -104,7 +104,12 @@ class CheckpointEngine:
 
     async def __aenter__(self) -> Self:
         """Sweeps what dead processes left in the root."""
-        await self._runtime.spawn(self._runtime.start()).wait()
+        try:
+            await self._runtime.spawn(self._runtime.start()).wait()
+        except BaseException as error:
+            # The block is not entered, so nobody else would close the engine.
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     async def __aexit__(
@@ -215,7 +220,7 @@ class CheckpointEngine:
         Raises:
             EngineStateError: The tag is not open, or was published meanwhile.
 
-        If cancelled: it is finished first.
+        If cancelled: what was begun is finished first.
         """
         await self._runtime.spawn(self._runtime.abort(tag)).wait()
 
@@ -282,7 +287,7 @@ class CheckpointEngine:
         Raises:
             CheckpointNotFoundError: No such tag.
 
-        If cancelled: it is finished first.
+        If cancelled: what was begun is finished first.
         """
         await self._runtime.spawn(self._runtime.delete(tag)).wait()
 

@@ -121,8 +121,8 @@ def decode(data: bytes, path: str) -> Manifest:
         path: Where it was read from, for messages.
 
     Raises:
-        CorruptCheckpointError: Any byte differs from what `encode` wrote, or the
-            format is newer than this version of aiockpt.
+        CorruptCheckpointError: Any byte differs from what `encode` wrote, a file
+            lies outside the tag, or the format is newer than this version of aiockpt.
     """
     try:
         version = msgspec.json.decode(data, type=_Version).format_version
@@ -130,13 +130,24 @@ def decode(data: bytes, path: str) -> Manifest:
             message = f"{path}: manifest format {version} is not {FORMAT_VERSION}"
             raise CorruptCheckpointError(message, path=path)
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         message = f"{path}: not a manifest: {error}"
         raise CorruptCheckpointError(message, path=path) from error
     if encode(manifest) != data:
         message = f"{path}: the manifest fails its own checksum"
         raise CorruptCheckpointError(message, path=path)
+    for entry in manifest.files:
+        if not _is_inside(entry.path):
+            message = f"{path}: {entry.path!r} is not a file inside the tag"
+            raise CorruptCheckpointError(message, path=path)
     return manifest
+
+
+def _is_inside(path: str) -> bool:
+    try:
+        return check_path(path, ()) == path
+    except InvalidArgumentError:
+        return False
 
 
 class _Version(msgspec.Struct):
@@ -151,7 +162,8 @@ def check_tag(tag: object) -> str:
     """`tag`, if it can be a directory of a root.
 
     Raises:
-        InvalidArgumentError: Not a string, empty, too long, starting with a dot, or
+        InvalidArgumentError: Not a string, empty, too long, starting with a dot,
+            beginning or ending with white space (which readers of `latest` strip), or
             holding `/`, NUL, a newline or another control character. `latest` is
             taken by the pointer file.
     """
@@ -161,6 +173,9 @@ def check_tag(tag: object) -> str:
         raise InvalidArgumentError("a tag cannot be empty")
     if tag.startswith("."):
         raise InvalidArgumentError(f"a tag cannot start with a dot: {tag!r}")
+    if tag != tag.strip():
+        message = f"a tag cannot begin or end with white space: {tag!r}"
+        raise InvalidArgumentError(message)
     if "/" in tag or "\\" in tag or not _is_printable(tag):
         message = f"a tag is one plain directory name, not {tag!r}"
         raise InvalidArgumentError(message)

@@ -8,11 +8,12 @@ __all__ = ["KeepEvery", "KeepLast", "RetentionPolicy", "expired"]
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from aiockpt.errors import InvalidArgumentError
 
 
+@runtime_checkable
 class RetentionPolicy(Protocol):
     """Chooses among published tags."""
 
@@ -28,9 +29,7 @@ class KeepLast:
     count: int
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            message = f"KeepLast needs a count of at least 1, not {self.count}"
-            raise InvalidArgumentError(message)
+        _check_count("KeepLast", self.count)
 
     def keeps(self, tags: Sequence[str]) -> set[str]:
         """The last `count` of `tags`."""
@@ -48,13 +47,17 @@ class KeepEvery:
     period: int
 
     def __post_init__(self) -> None:
-        if self.period < 1:
-            message = f"KeepEvery needs a period of at least 1, not {self.period}"
-            raise InvalidArgumentError(message)
+        _check_count("KeepEvery", self.period)
 
     def keeps(self, tags: Sequence[str]) -> set[str]:
         """Those of `tags` that fall on the period."""
         return {tag for tag in tags if _number(tag) % self.period == 0}
+
+
+def _check_count(policy: str, count: object) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        message = f"{policy} needs a whole number of at least 1, not {count!r}"
+        raise InvalidArgumentError(message)
 
 
 def _number(tag: str) -> int:

@@ -97,11 +97,10 @@ class Ring:
         try:
             return self._grant(await waiter)
         except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
+            if not waiter.cancelled():
                 # The chunk arrived together with the cancellation.
                 self._pass_on(waiter.result())
-            else:
-                self._waiters.remove(waiter)
+            # A cancelled waiter may be in the queue or not; `_pass_on` drops it.
             raise
 
     def _grant(self, index: int) -> Lease:

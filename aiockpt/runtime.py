@@ -67,7 +67,7 @@ class Runtime:
         )
         self._attempts: dict[str, Attempt] = {}
         self._creating = asyncio.Lock()
-        self._background: set[Call[None]] = set()
+        self._calls: set[Call[Any]] = set()
         self._is_closing = False
         _running.add(self)
 
@@ -79,12 +79,20 @@ class Runtime:
         Raises:
             EngineStateError: The engine is closed, or this is a forked child.
         """
-        if self._machinery.is_forked:
+        self._check_owned()
+        if self._is_closing:
+            raise EngineStateError(f"the engine for {self.root!r} has been closed")
+
+    def _check_owned(self) -> None:
+        if self.is_forked:
             raise EngineStateError(
                 "this engine belongs to the parent process: make one after the fork"
             )
-        if self._is_closing:
-            raise EngineStateError(f"the engine for {self.root!r} has been closed")
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a copy in a forked child, where nothing of it runs."""
+        return self._machinery.is_forked
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> Call[T]:
         """Runs one of the coroutines below on the engine's loop.
@@ -94,10 +102,16 @@ class Runtime:
         """
         try:
             self.check_usable()
-            return self._machinery.spawn(work)
+            return self._spawn(work)
         except BaseException:
             work.close()
             raise
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> Call[T]:
+        call = self._machinery.spawn(work)
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        return call
 
     def save(
         self,
@@ -132,7 +146,8 @@ class Runtime:
         return save
 
     def _attempt(self, tag: str | None) -> Attempt:
-        attempts = self._attempts
+        # A copy: the engine's thread may change it meanwhile.
+        attempts = self._attempts.copy()
         if tag is None and attempts:
             return attempts[next(reversed(attempts))]
         attempt = attempts.get(tag) if tag is not None else None
@@ -146,8 +161,10 @@ class Runtime:
         """Blocks the thread until all that is being staged now has been staged.
 
         Raises:
-            EngineStateError: Called on the engine's own thread, which must not block.
+            EngineStateError: Called on the engine's own thread, which must not block,
+                on a closed engine, or in a forked child.
         """
+        self.check_usable()
         if self._machinery.is_current_thread:
             raise EngineStateError("wait_staged would block the engine's own thread")
         self._machinery.gate.wait()
@@ -182,8 +199,7 @@ class Runtime:
         async with self._creating:
             if tag in self._attempts:
                 raise EngineStateError(f"tag {tag!r} is open already")
-            if not overwrite:
-                await self._blocking(self._catalog.check_free, tag)
+            await self._blocking(self._catalog.check_free, tag, is_overwrite=overwrite)
             await self._blocking(self._catalog.open_work)
             directory, name = await self._blocking(self._catalog.new_directory)
             self._attempts[tag] = Attempt(
@@ -192,7 +208,9 @@ class Runtime:
 
     async def staged(self, tag: str | None) -> None:
         """Returns when everything saved so far (in `tag`) has been staged."""
-        attempts = [self._attempt(tag)] if tag else list(self._attempts.values())
+        attempts = list(self._attempts.values())
+        if tag is not None:
+            attempts = [self._attempt(tag)]
         for attempt in attempts:
             for save in attempt.saves:
                 await save.staged.wait()
@@ -224,23 +242,20 @@ class Runtime:
         self._forget(attempt)
         attempt.raise_if_failed()
         assert attempt.report is not None
-        self._in_background(self._tidy(attempt))
+        self._spawn(self._tidy(attempt))
         return attempt.report
 
     async def abort(self, tag: str) -> None:
         """Drops a tag that has not been published, and its files."""
         attempt = self._attempt(tag)
-        await outlast(attempt.abort())
-        self._forget(attempt)
+        try:
+            await outlast(attempt.abort())
+        finally:
+            self._forget(attempt)
 
     def _forget(self, attempt: Attempt) -> None:
         if self._attempts.get(attempt.tag) is attempt:
             del self._attempts[attempt.tag]
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        call = self._machinery.spawn(work)
-        self._background.add(call)
-        call.add_done_callback(self._background.discard)
 
     async def _tidy(self, attempt: Attempt) -> None:
         """Removes what a commit made superfluous; failing is worth a warning only."""
@@ -251,7 +266,7 @@ class Runtime:
             tags = [info.tag for info in await self.tags()]
             for tag in expired(tags, self._config.retention):
                 await self.delete(tag)
-        except CheckpointError as error:
+        except Exception as error:  # noqa: BLE001 - a policy is the user's code
             _logger.warning("old tags of %s remain: %s", self.root, error)
 
     async def load(
@@ -296,21 +311,29 @@ class Runtime:
         """Refuses further calls and starts `_close`; None if that was done before.
 
         The result is what went wrong and no caller was told of. `stop` comes next.
+
+        Raises:
+            EngineStateError: This is a forked child.
         """
-        if self._is_closing or self._machinery.is_forked:
+        self._check_owned()
+        if self._is_closing:
             return None
-        call = self._machinery.spawn(self._close())
+        # Shielded: an engine is not left half closed.
+        call = self._machinery.spawn(outlast(self._close()))
         self._is_closing = True
         return call
 
     async def _close(self) -> list[CheckpointError]:
         untold: list[CheckpointError] = []
-        for attempt in list(self._attempts.values()):
-            error = await attempt.close()
-            if error is not None:
-                untold.append(error)
-        for call in list(self._background):
-            await call.wait()
+        # A call that came before may yet open a tag, or be using the work area.
+        while self._attempts or self._calls:
+            for attempt in list(self._attempts.values()):
+                error = await attempt.close()
+                self._forget(attempt)
+                if error is not None:
+                    untold.append(error)
+            for call in list(self._calls):
+                await call.ended()
         try:
             await self._blocking(self._catalog.close_work)
         except CheckpointError as error:
@@ -347,7 +370,7 @@ _running: set[Runtime] = set()
 def _close_all() -> None:
     """Drains the engines that nobody closed, and says what was lost."""
     for runtime in list(_running):
-        call = runtime.begin_close()
+        call = None if runtime.is_forked else runtime.begin_close()
         if call is None:
             continue
         _logger.warning("the engine for %s was never closed", runtime.root)

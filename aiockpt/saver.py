@@ -171,9 +171,7 @@ class _Transfer:
                 for chunk in self._plan.chunks:
                     lease = await self._saver.ring.lease()
                     next_turn = asyncio.Event()
-                    task = group.create_task(
-                        self._move(chunk, lease, turn, next_turn)
-                    )
+                    task = group.create_task(self._move(chunk, lease, turn, next_turn))
                     # Not in the task: one that is cancelled before its first step (the
                     # lease came from a chunk whose failure ends the group) runs nothing.
                     task.add_done_callback(functools.partial(_release, lease))

@@ -84,7 +84,12 @@ class CheckpointEngine:
 
     def __enter__(self) -> Self:
         """Sweeps what dead processes left in the root."""
-        self._runtime.spawn(self._runtime.start()).result()
+        try:
+            self._runtime.spawn(self._runtime.start()).result()
+        except BaseException as error:
+            # The block is not entered, so nobody else would close the engine.
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def __exit__(

@@ -167,6 +167,7 @@ class WorkerPool(concurrent.futures.Executor):
                 break
             if job is not None:
                 job.future.cancel()
+                job.run(self._count_finished)  # which only tells those who wait
         for _ in self._threads:
             self._jobs.put(None)
         if wait:
@@ -255,15 +256,20 @@ class Call(Generic[T]):
         """
         try:
             try:
-                concurrent.futures.wait([self._outcome])
+                self._block()
             except BaseException as interrupted:
                 self._cancel()
-                concurrent.futures.wait([self._outcome])
+                self._block()
                 self._tell_outcome(interrupted)
                 raise
             return self._outcome.result()
         finally:
             del self  # as in `_settle`
+
+    def _block(self) -> None:
+        # Not `concurrent.futures.wait`: a signal could make it leave its locks locked.
+        with contextlib.suppress(concurrent.futures.CancelledError):
+            self._outcome.exception()
 
     def _tell_outcome(self, interrupted: BaseException) -> None:
         if self._outcome.cancelled():
@@ -271,6 +277,10 @@ class Call(Generic[T]):
         interrupted.__context__ = self._outcome.exception()
         if interrupted.__context__ is None:
             interrupted.add_note("the operation completed before the cancellation")
+
+    async def ended(self) -> None:
+        """Returns when the coroutine has ended, whatever came of it."""
+        await asyncio.wait([asyncio.wrap_future(self._outcome)])
 
     def add_done_callback(self, callback: Callable[["Call[T]"], object]) -> None:
         """Calls `callback(self)` on the engine's loop when the coroutine has ended."""

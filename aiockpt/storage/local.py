@@ -2,6 +2,7 @@
 
 __all__ = ["LocalStorage"]
 
+import asyncio
 import contextlib
 import ctypes
 import errno
@@ -50,16 +51,25 @@ class LocalStorage:
     async def create(self, path: str, nbytes: int) -> "_LocalWriteFile":
         """See `Storage.create`."""
         full = self._full(path)
-        handle: AsyncFileIO = await outlast(
-            aiofiles.open(
-                full,
-                "xb",
-                buffering=0,
-                opener=functools.partial(_open_new, nbytes=nbytes),
-                executor=self._workers,
-            )
+        opened: list[AsyncFileIO] = []
+        try:
+            await outlast(self._open(full, nbytes, opened))
+        except asyncio.CancelledError:
+            # Opened all the same: nobody else knows of it.
+            for handle in opened:
+                await outlast(handle.close())
+            raise
+        return _LocalWriteFile(full, nbytes, opened[0], self._workers)
+
+    async def _open(self, full: str, nbytes: int, opened: list[AsyncFileIO]) -> None:
+        handle = await aiofiles.open(
+            full,
+            "xb",
+            buffering=0,
+            opener=functools.partial(_open_new, nbytes=nbytes),
+            executor=self._workers,
         )
-        return _LocalWriteFile(full, nbytes, handle, self._workers)
+        opened.append(handle)
 
     def open_read(self, path: str) -> "_LocalReadFile":
         """See `Storage.open_read`."""
@@ -99,19 +109,23 @@ class LocalStorage:
         full = self._full(path)
         with _errors_name(full):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(full, flags, 0o666), "wb", buffering=0) as file:
-                view = memoryview(data)
-                while view:
-                    view = view[file.write(view) :]
-                os.fsync(file.fileno())
+            descriptor = os.open(full, flags, 0o666)
+            try:
+                try:
+                    _write_all(descriptor, data)
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            except BaseException:
+                os.unlink(full)
+                raise
 
     def make_dirs(self, path: str) -> list[str]:
         """See `Storage.make_dirs`."""
         made: list[str] = []
         parts = path.split("/")
         with _errors_name(self._full(path)):
-            if not os.path.isdir(self.root):
-                os.makedirs(self.root, exist_ok=True)
+            _make_durable_dir(self.root)
             for depth in range(1, len(parts) + 1):
                 parent = "/".join(parts[:depth])
                 with contextlib.suppress(FileExistsError):
@@ -148,11 +162,7 @@ class LocalStorage:
         """See `Storage.sync_dir`."""
         full = self._full(path)
         with _errors_name(full):
-            descriptor = os.open(full, _DIR_FLAGS & ~os.O_NOFOLLOW)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync_dir(full)
 
     def rename_dir(self, source: str, target: str) -> None:
         """See `Storage.rename_dir`."""
@@ -165,11 +175,13 @@ class LocalStorage:
         """See `Storage.exchange`."""
         names = os.fsencode(self._full(one)), os.fsencode(self._full(other))
         with _errors_name(self._full(other)):
-            _checked(
+            code = _code(
                 _libc.renameat2(
                     _AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE
                 )
             )
+            if code != 0:
+                raise OSError(code, os.strerror(code))
 
     def replace(self, source: str, target: str) -> None:
         """See `Storage.replace`."""
@@ -228,7 +240,14 @@ class _LocalLock:
     def release(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         # A forked child shares the lock; only its owner may end it.
-        if descriptor >= 0 and os.getpid() == self._pid:
+        if descriptor < 0 or os.getpid() != self._pid:
+            return
+        # What was done under the lock is done, whatever giving it up says.
+        with contextlib.suppress(OSError):
+            # Unlocked by word: closing is not enough while a forked child, which
+            # may live for hours, has its copy of the descriptor.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        with contextlib.suppress(OSError):
             os.close(descriptor)
 
 
@@ -236,11 +255,14 @@ class _LocalReadFile:
     def __init__(self, full: str, descriptor: int) -> None:
         self.path = full
         self._descriptor = descriptor
-        status = os.fstat(descriptor)
-        self.nbytes = status.st_size
-        if not stat.S_ISREG(status.st_mode):
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise StorageError(errno.EINVAL, "not a regular file", full)
+        except BaseException:
             os.close(descriptor)
-            raise StorageError(errno.EINVAL, "not a regular file", full)
+            raise
+        self.nbytes = status.st_size
 
     def read_into(self, offset: int, view: memoryview) -> None:
         with _errors_name(self.path):
@@ -301,10 +323,11 @@ class _LocalWriteFile:
             )
 
     def _write_once(self, view: memoryview, offset: int) -> int:
+        was_direct = self._is_direct
         try:
             num_written = os.pwrite(self._descriptor, view, offset)
         except OSError as error:
-            if error.errno != errno.EINVAL or not self._is_direct:
+            if error.errno != errno.EINVAL or not was_direct:
                 raise
             # Some file systems accept O_DIRECT at open and refuse it here.
             self._fall_back()
@@ -317,8 +340,9 @@ class _LocalWriteFile:
         return num_written
 
     def _fall_back(self) -> None:
-        self._is_direct = False
+        # In this order: a worker that reads False then writes through the cache.
         _set_flags(self._descriptor, _flags(self._descriptor) & ~_O_DIRECT)
+        self._is_direct = False
 
     async def sync(self) -> None:
         await run_blocking(self._workers, self._sync)
@@ -333,6 +357,42 @@ class _LocalWriteFile:
         if handle is not None:
             with _errors_name(self._full):
                 await outlast(handle.close())
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        num_written = os.write(descriptor, view)
+        if num_written == 0:
+            raise OSError(errno.EIO, "the file system wrote nothing")
+        view = view[num_written:]
+
+
+def _make_durable_dir(full: str) -> None:
+    """Makes a directory and its missing parents, and their entries durable."""
+    if os.path.isdir(full):
+        return
+    parent = os.path.dirname(full)
+    _make_durable_dir(parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(full)
+    try:
+        _sync_dir(parent)
+    except BaseException:
+        # So that the next attempt does not take it for durable.
+        with contextlib.suppress(OSError):
+            os.rmdir(full)
+        raise
+    if not os.path.isdir(full):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+
+def _sync_dir(full: str) -> None:
+    descriptor = os.open(full, _DIR_FLAGS & ~os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _open_new(full: str, flags: int, *, nbytes: int) -> int:
@@ -373,13 +433,13 @@ def _reserve(descriptor: int, nbytes: int) -> None:
     # fallocate(2), not posix_fallocate(3): the latter writes zeros where the file
     # system cannot reserve, which would write every checkpoint twice.
     padded = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-    try:
-        _checked(
-            _libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(padded))
-        )
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
+    size = ctypes.c_int64(padded)
+    # A signal may interrupt it, and nothing but this loop then tries again.
+    while (code := _code(_libc.fallocate(descriptor, 0, ctypes.c_int64(0), size))) != 0:
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
 
 
 def _flags(descriptor: int) -> int:
@@ -390,10 +450,8 @@ def _set_flags(descriptor: int, flags: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
 
 
-def _checked(result: int) -> None:
-    if result != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+def _code(result: int) -> int:
+    return ctypes.get_errno() if result != 0 else 0
 
 
 @contextlib.contextmanager

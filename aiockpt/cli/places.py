@@ -1,0 +1,107 @@
+"""What a path on the command line stands for: a file, a tag's directory or a root."""
+
+__all__ = [
+    "Kind",
+    "Place",
+    "find",
+    "manifest_of",
+    "open_catalog",
+    "opened",
+    "tag_dirs",
+    "work_bytes",
+]
+
+import contextlib
+import enum
+from collections.abc import Generator
+from pathlib import Path
+from typing import NamedTuple
+
+from aiockpt.catalog import Catalog
+from aiockpt.errors import CheckpointNotFoundError
+from aiockpt.manifest import MANIFEST_PATH, PRIVATE_DIR, Manifest
+from aiockpt.storage.base import ReadFile
+from aiockpt.storage.local import LocalStorage
+from aiockpt.threads import WorkerPool
+
+
+class Kind(enum.StrEnum):
+    """The kinds of place."""
+
+    FILE = "file"
+    TAG = "tag"
+    ROOT = "root"
+
+
+class Place(NamedTuple):
+    """Something that exists.
+
+    Attributes:
+        path: Absolute, links resolved.
+        kind: What it is; a directory that is no tag counts as a root.
+    """
+
+    path: Path
+    kind: Kind
+
+
+def find(path: Path) -> Place:
+    """The place at `path`.
+
+    Raises:
+        CheckpointNotFoundError: Nothing is there.
+    """
+    if not path.exists():
+        raise CheckpointNotFoundError(f"there is no {str(path)!r}")
+    path = path.resolve()
+    if not path.is_dir():
+        return Place(path, Kind.FILE)
+    is_tag = (path / MANIFEST_PATH).exists()
+    return Place(path, Kind.TAG if is_tag else Kind.ROOT)
+
+
+def open_catalog(root: Path) -> Catalog:
+    """The catalog of a root; it needs no closing.
+
+    Raises:
+        CheckpointNotFoundError: There is no such directory.
+    """
+    if not root.is_dir():
+        raise CheckpointNotFoundError(f"there is no directory {str(root)!r}")
+    return Catalog(_storage(root.resolve()))
+
+
+def manifest_of(tag_dir: Path) -> Manifest:
+    """The manifest of a tag's directory.
+
+    Raises:
+        CorruptCheckpointError: It is not as it was written, or is another tag's.
+    """
+    return open_catalog(tag_dir.parent).manifest(tag_dir.name)
+
+
+def tag_dirs(root: Path) -> list[Path]:
+    """Directories of all published tags, broken ones included, in order of name."""
+    return [path.parent.parent for path in sorted(root.glob(f"*/{MANIFEST_PATH}"))]
+
+
+def work_bytes(root: Path) -> dict[str, int]:
+    """Bytes of the unpublished files of each engine that has worked in the root."""
+    return {
+        engine.name: sum(
+            path.lstat().st_size for path in engine.rglob("*") if not path.is_dir()
+        )
+        for engine in (root / PRIVATE_DIR / "work").glob("*/")
+    }
+
+
+@contextlib.contextmanager
+def opened(directory: Path, path: str) -> Generator[ReadFile]:
+    """Opens `path` below `directory`, following no links below it."""
+    with contextlib.closing(_storage(directory).open_read(path)) as file:
+        yield file
+
+
+def _storage(directory: Path) -> LocalStorage:
+    # Reading starts no worker, so there is none to end.
+    return LocalStorage(str(directory), WorkerPool(1, "aiockpt-cli"))

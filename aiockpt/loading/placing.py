@@ -1,0 +1,81 @@
+"""Where loaded storages go: `map_location` in every form that `torch.load` takes."""
+
+__all__ = ["MapLocation", "Placement"]
+
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+from torch.serialization import default_restore_location
+
+from aiockpt.errors import InvalidArgumentError
+
+MapLocation = (
+    str
+    | torch.device
+    | Mapping[str, str]
+    | Callable[[torch.UntypedStorage, str], torch.UntypedStorage | None]
+    | None
+)
+
+
+class Placement:
+    """Moves storages from host memory to where `map_location` wants them.
+
+    Attributes:
+        map_location: As given to `torch.load`: None for where each storage was
+            saved, a device, a mapping of devices, or a function of a storage in
+            host memory and the device where it was saved.
+    """
+
+    def __init__(self, map_location: MapLocation) -> None:
+        """Checks the type and nothing else.
+
+        Raises:
+            InvalidArgumentError: `torch.load` takes no such thing.
+        """
+        given: object = map_location
+        is_device = given is None or isinstance(given, str | torch.device | Mapping)
+        if not is_device and not callable(given):
+            text = f"map_location cannot be a {type(given).__name__}"
+            raise InvalidArgumentError(text)
+        self.map_location = map_location
+
+    def is_meta(self, location: str) -> bool:
+        """Whether a storage saved at `location` goes where there is no data."""
+        return not callable(self.map_location) and self._target(location) == "meta"
+
+    def place(
+        self, storage: torch.UntypedStorage, location: str
+    ) -> torch.UntypedStorage:
+        """Returns the storage where it belongs; the same one if it is there.
+
+        Args:
+            storage: The data in host memory.
+            location: Where it was saved, as torch tags it.
+
+        Raises:
+            InvalidArgumentError: There is no such device here.
+        """
+        target = self._target(location)
+        if callable(self.map_location):
+            placed = self.map_location(storage, location)
+            if placed is not None:
+                return placed
+        try:
+            moved = default_restore_location(storage, target)  # type: ignore[no-untyped-call]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            text = f"a tensor cannot be loaded to {target!r} here: {error}"
+            raise InvalidArgumentError(text) from error
+        return cast("torch.UntypedStorage", moved)
+
+    def _target(self, location: str) -> str:
+        match self.map_location:
+            case str() | torch.device():
+                return str(self.map_location)
+            case Mapping():
+                return str(self.map_location.get(location, location))
+            case _:
+                return location

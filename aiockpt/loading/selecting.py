@@ -1,0 +1,177 @@
+"""Which tensors of a file are meant: those named, or those that have a target."""
+
+__all__ = ["Described", "check_targets", "select", "targets_by_key"]
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, NamedTuple, Self, TypeVar, cast
+
+import torch
+
+from aiockpt.errors import CheckpointNotFoundError, InvalidArgumentError
+from aiockpt.outline import segment
+
+_MAX_DEPTH: Final = 200
+_MAX_COMPARED: Final = 5000
+_MAX_SHOWN: Final = 50
+
+T = TypeVar("T")
+
+
+class Described(NamedTuple):
+    """What a file says of a tensor.
+
+    Attributes:
+        dtype: Element type.
+        shape: Size of each dimension `(ndim,)`.
+        layout: How its elements are kept.
+        wrapper: Name of its class, where that wraps other tensors (`DTensor`).
+        reason: Why nothing can be filled from it, if so.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    layout: torch.layout = torch.strided
+    wrapper: str = ""
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Self:
+        """Describes a tensor that has been made."""
+        is_wrapper = hasattr(tensor, "__tensor_flatten__")
+        wrapper = type(tensor).__name__ if is_wrapper else ""
+        if tensor.is_nested:
+            reason = "a nested tensor cannot be filled"
+            return cls(tensor.dtype, (), tensor.layout, wrapper, reason)
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.layout, wrapper)
+
+
+def select(
+    path: str, patterns: Sequence[str], tensors: Mapping[str, T]
+) -> dict[str, T]:
+    """Returns the tensors that any pattern names, in the file's order.
+
+    Args:
+        path: The file, for messages.
+        patterns: Key paths, or globs over them: `*` and `?` also match dots. One
+            that is itself a key path names just that.
+        tensors: What the file has, by key path.
+
+    Raises:
+        CheckpointNotFoundError: A pattern names nothing; the message says what
+            comes near.
+        InvalidArgumentError: The patterns are no list of strings.
+    """
+    texts = cast("object", patterns)
+    if isinstance(texts, str) or not all(isinstance(item, str) for item in patterns):
+        raise InvalidArgumentError("keys must be a list of key paths or globs")
+    chosen: set[str] = set()
+    for pattern in patterns:
+        names = _matches(pattern, tensors)
+        if not names:
+            near = _near(pattern, tensors)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            text = f"{path}: no tensor has the key {pattern!r}{hint}"
+            raise CheckpointNotFoundError(text)
+        chosen.update(names)
+    return {name: value for name, value in tensors.items() if name in chosen}
+
+
+def _matches(pattern: str, names: Mapping[str, object]) -> list[str]:
+    if pattern in names:
+        return [pattern]
+    glob = re.compile(fnmatch.translate(pattern))
+    return [name for name in names if glob.match(name)]
+
+
+def _near(pattern: str, names: Mapping[str, object]) -> list[str]:
+    below = [name for name in names if name.startswith(f"{pattern}.")]
+    if below:
+        return [f"{pattern}.*", *below[:3]]
+    compared = list(names)[:_MAX_COMPARED]
+    return difflib.get_close_matches(pattern, compared, n=5, cutoff=0.5)
+
+
+def targets_by_key(into: object) -> dict[str, torch.Tensor]:
+    """Returns the tensors in nested mappings, lists and tuples, by key path.
+
+    Where a container leads back to itself, that way is not followed.
+
+    Raises:
+        InvalidArgumentError: Two tensors have the same key path, or the structure
+            nests more than 200 levels.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for key, tensor in _tensors("", into, ()):
+        if found.setdefault(key, tensor) is not tensor:
+            raise InvalidArgumentError(f"into has two tensors with the key {key!r}")
+    return found
+
+
+def _tensors(
+    key: str, node: object, parents: tuple[int, ...]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    if len(parents) > _MAX_DEPTH:
+        raise InvalidArgumentError(f"into nests deeper than {_MAX_DEPTH} levels")
+    prefix = f"{key}." if key else ""
+    below = (*parents, id(node))
+    if isinstance(node, torch.Tensor):
+        yield key, node
+    elif id(node) in parents:
+        return
+    elif isinstance(node, Mapping):
+        for name, child in cast("Mapping[object, object]", node).items():
+            yield from _tensors(f"{prefix}{segment(name)}", child, below)
+    elif type(node) in (list, tuple):
+        for index, child in enumerate(cast("Sequence[object]", node)):
+            yield from _tensors(f"{prefix}{index}", child, below)
+
+
+def check_targets(
+    path: str, file: Mapping[str, Described], targets: Mapping[str, torch.Tensor]
+) -> None:
+    """Makes sure that every tensor of the file has a target that it fits, and back.
+
+    Raises:
+        InvalidArgumentError: One has not; the message lists all.
+    """
+    faults = [
+        *(f"{key}: only in the file" for key in file if key not in targets),
+        *(f"{key}: not in the file" for key in targets if key not in file),
+    ]
+    for key, described in file.items():
+        target = targets.get(key)
+        fault = None if target is None else _fault(described, target)
+        if fault is not None:
+            faults.append(f"{key}: {fault}")
+    if faults:
+        more = len(faults) - _MAX_SHOWN
+        shown = faults[:_MAX_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+        text = "\n  ".join([f"{path} does not fit the tensors to be filled:", *shown])
+        raise InvalidArgumentError(text)
+
+
+def _fault(described: Described, target: torch.Tensor) -> str | None:
+    wanted = Described.of(target)
+    if described.reason or wanted.reason:
+        return described.reason or wanted.reason
+    if described != wanted:
+        return f"{_text(described)} in the file, {_text(wanted)} in the target"
+    if target.is_meta:
+        return "the target is on the meta device, where there is no memory"
+    if target.layout == torch.strided and _shares_elements(target):
+        return "elements of the target share memory"
+    return None
+
+
+def _shares_elements(target: torch.Tensor) -> bool:
+    pairs = zip(target.shape, target.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in pairs)
+
+
+def _text(tensor: Described) -> str:
+    layout = "" if tensor.layout == torch.strided else f" {tensor.layout}"
+    wrapper = tensor.wrapper and f" {tensor.wrapper}"
+    return f"{tensor.dtype} {tensor.shape}{layout}{wrapper}"
