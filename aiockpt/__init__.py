@@ -26,6 +26,7 @@ __all__ = [
     "StorageError",
     "TagInfo",
     "TornSnapshotError",
+    "UnsafePickleError",
     "load",
     "save",
 ]
@@ -42,6 +43,7 @@ from aiockpt.errors import (
     StagingError,
     StorageError,
     TornSnapshotError,
+    UnsafePickleError,
 )
 from aiockpt.events import CommitReport
 from aiockpt.manifest import TagInfo

@@ -212,9 +212,9 @@ class Attempt:
         on it is finished first; the cancellation is then dropped, unless that failed.
         """
         async with self._ending:
-            if self.report is not None or self.failure is not None:
+            if self.report is not None:
                 return
-            if not self._saves:
+            if self.failure is None and not self._saves:
                 raise EngineStateError(f"nothing has been saved in tag {self.tag!r}")
             self._seal(is_sealed=True)
             try:

@@ -5,6 +5,7 @@
     ├── EngineStateError                       call in another order, or on another engine
     ├── CheckpointNotFoundError (LookupError)  ask for something that exists
     ├── CorruptCheckpointError                 load another tag
+    ├── UnsafePickleError                      allow the class it names, or trust the file
     ├── TornSnapshotError                      wait for `staged` before changing tensors
     ├── StorageError (OSError)                 free or repair the disk, then save again
     ├── StagingError                           repair the device, then save again
@@ -23,6 +24,7 @@ __all__ = [
     "StagingError",
     "StorageError",
     "TornSnapshotError",
+    "UnsafePickleError",
 ]
 
 
@@ -64,6 +66,19 @@ class CorruptCheckpointError(CheckpointError):
         self.path = path
         self.key = key
         self.offset = offset
+
+
+class UnsafePickleError(CheckpointError):
+    """The file needs a class or function that `weights_only=True` does not allow.
+
+    Attributes:
+        name: Dotted name of the first one refused, where known.
+    """
+
+    def __init__(self, message: str, *, name: str | None = None) -> None:
+        """Keep the name beside the message."""
+        super().__init__(message)
+        self.name = name
 
 
 class TornSnapshotError(CheckpointError):

@@ -10,27 +10,27 @@ __all__ = ["StagingGate"]
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from time import perf_counter
 from typing import Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from aiockpt.capturing.marks import storage_ptrs
+
 
 class Staging(Protocol):
     """A save whose sources are being copied.
 
     Attributes:
-        was_stepped: Set where an optimizer step may have changed it too early.
         stall_s: Seconds that callers have been held for it.
     """
 
-    was_stepped: bool
     stall_s: float
 
-    def storage_ptrs(self) -> set[int]:
-        """Data pointers of the storages that are being copied."""
+    def note_step(self, touched: set[int]) -> None:
+        """An optimizer is about to change the storages at these data pointers."""
         ...
 
 
@@ -89,25 +89,16 @@ class StagingGate:
         if self._is_holding:
             self.wait()
             return
-        touched = _storage_ptrs(optimizer)
+        touched = storage_ptrs(_tensors(optimizer))
         with self._changed:
             for save in self._staging.values():
-                if touched & save.storage_ptrs():
-                    save.was_stepped = True
-
-
-def _storage_ptrs(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {
-        tensor.untyped_storage().data_ptr()
-        for tensor in _tensors(optimizer)
-        if tensor.layout is torch.strided and tensor.device.type != "meta"
-    }
+                save.note_step(touched)
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
     for group in optimizer.param_groups:
         yield from group["params"]
     for state in optimizer.state.values():
-        for value in state.values():
+        for value in state.values() if isinstance(state, Mapping) else ():
             if isinstance(value, torch.Tensor):
                 yield value

@@ -9,7 +9,6 @@ __all__ = [
     "FileInfo",
     "RecordInfo",
     "TensorInfo",
-    "UnsafePickleError",
     "inspect_file",
     "load_file",
     "verify_file",
@@ -21,10 +20,11 @@ from aiockpt.errors import InvalidArgumentError
 from aiockpt.loading.container import Container, container_of
 from aiockpt.loading.inspecting import FileInfo, RecordInfo, TensorInfo, inspect_file
 from aiockpt.loading.placing import MapLocation, Placement
+from aiockpt.loading.reading import named
 from aiockpt.loading.safetensors_loading import SafetensorsLoading
 from aiockpt.loading.torch_file import TorchFile
 from aiockpt.loading.torch_loading import TorchLoading
-from aiockpt.loading.unpickling import Unpickling, UnsafePickleError
+from aiockpt.loading.unpickling import Unpickling
 from aiockpt.loading.verifying import verify_file
 from aiockpt.storage.base import ReadFile
 
@@ -78,17 +78,12 @@ def load_file(  # noqa: PLR0913 - the arguments of `torch.load`, and what it lac
     if mmap and into is not None:
         raise InvalidArgumentError("mmap maps the file, into reads it: choose one")
     placement = Placement(map_location)
-    if container_of(file) is Container.SAFETENSORS:
-        safetensors = SafetensorsLoading(file, placement, is_mapped=mmap)
-        if into is not None:
-            return safetensors.load_into(into, keys)
-        return safetensors.load(keys)
-    torch_zip = TorchLoading(
-        TorchFile(file, verify=verify),
-        placement,
-        Unpickling(file.path, weights_only=weights_only, map_location=map_location),
-        is_mapped=mmap,
-    )
-    if into is not None:
-        return torch_zip.load_into(into, keys)
-    return torch_zip.load_all() if keys is None else torch_zip.load_keys(keys)
+    with named(file):
+        if container_of(file) is Container.SAFETENSORS:
+            return SafetensorsLoading(file, placement, is_mapped=mmap).load(into, keys)
+        return TorchLoading(
+            TorchFile(file, verify=verify),
+            placement,
+            Unpickling(file.path, weights_only=weights_only, map_location=map_location),
+            is_mapped=mmap,
+        ).load(into, keys)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from aiockpt.capture import Capture
+from aiockpt.capturing.marks import storage_ptrs
 from aiockpt.checksums import AbandonedError, Checksums
 from aiockpt.errors import CheckpointError, TornSnapshotError
 from aiockpt.events import Event, Planned, Progress, Staged, Written
@@ -44,7 +45,7 @@ class FileSave:
         written: Set when the file is complete and durable, or never will be.
         error: Why it failed, if it did.
         entry: What the manifest will say of it, once written.
-        was_stepped: Whether an optimizer stepped before its sources were copied.
+        stepped_key: Key path of a source that an optimizer step came too early for.
         stall_s: Seconds that callers have been held for it.
         plan_s: Seconds of planning.
         sync_s: Seconds of syncing.
@@ -62,17 +63,18 @@ class FileSave:
     written: asyncio.Event = field(default_factory=asyncio.Event)
     error: CheckpointError | None = None
     entry: FileEntry | None = None
-    was_stepped: bool = False
+    stepped_key: str | None = None
     stall_s: float = 0.0
     plan_s: float = 0.0
     sync_s: float = 0.0
     staged_s: float = 0.0
     written_s: float = 0.0
 
-    def storage_ptrs(self) -> set[int]:
-        """Data pointers of the storages that it is copying."""
+    def note_step(self, touched: set[int]) -> None:
+        """An optimizer is about to change the storages at these data pointers."""
         capture = self.capture
-        return capture.storage_ptrs() if capture is not None else set()
+        if capture is not None and touched & capture.storage_ptrs():
+            self.stepped_key = _key_at(capture, touched)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,8 +228,8 @@ class _Transfer:
         changed = await run_blocking(
             saver.copiers, _check_sources, save, self._plan, saver.gate
         )
-        if changed is not None or save.was_stepped:
-            raise _torn(save, changed)
+        if (key := changed or save.stepped_key) is not None:
+            raise _torn(save, key)
         save.staged_s = perf_counter()
         save.staged.set()
         saver.emit(
@@ -253,10 +255,16 @@ def _release(lease: Lease, _task: asyncio.Task[None]) -> None:
     lease.release()
 
 
-def _torn(save: FileSave, key: str | None) -> TornSnapshotError:
-    what = f"the tensor {key}" if key else "a tensor (an optimizer stepped)"
+def _key_at(capture: Capture, pointers: set[int]) -> str:
+    for tensor in capture.tensors:
+        if pointers & storage_ptrs([tensor]):
+            return capture.key_of(tensor)
+    return "a storage of state"
+
+
+def _torn(save: FileSave, key: str) -> TornSnapshotError:
     return TornSnapshotError(
-        f"{save.tag}/{save.path}: {what} was changed after `save` and before it was "
+        f"{save.tag}/{save.path}: {key} was changed after `save` and before it was "
         "staged: await `staged` first, or leave the optimizer guard on",
         key=key,
     )

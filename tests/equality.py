@@ -2,6 +2,7 @@
 
 import collections
 import enum
+import functools
 import itertools
 import types
 
@@ -61,15 +62,22 @@ class _Comparison:
                 assert actual.dtype == expected.dtype, path
                 assert actual.flags.fnc == expected.flags.fnc, path  # Fortran's order
                 self.compare(actual.tolist(), expected.tolist(), path)
-            case torch.TypedStorage():
-                self.compare(actual._untyped_storage, expected._untyped_storage, path)
-            case torch.UntypedStorage():
+            case torch.TypedStorage() | torch.UntypedStorage():
+                actual, expected = (
+                    getattr(storage, "_untyped_storage", storage)
+                    for storage in (actual, expected)
+                )
                 assert bytes(actual) == bytes(expected), path
+                return
             case torch.Generator():
                 assert torch.equal(actual.get_state(), expected.get_state()), path
             case types.MethodType():
                 self.compare(actual.__self__, expected.__self__, f"{path}.__self__")
-            case set() | frozenset() | bytearray():
+            case functools.partial():
+                for name in ("func", "args", "keywords"):
+                    one, other = getattr(actual, name), getattr(expected, name)
+                    self.compare(one, other, f"{path}.{name}")
+            case _ if not hasattr(expected, "__dict__") and not _slots(expected):
                 assert actual == expected, path
         self._compare_attributes(actual, expected, path)
 
@@ -89,8 +97,7 @@ class _Comparison:
             self.compare(one, other, f"{path}[{index}]")
 
     def _compare_attributes(self, actual: object, expected: object, path: str) -> None:
-        slots = vars(type(expected)).get("__slots__", ())
-        for name in slots:
+        for name in _slots(expected):
             one, other = getattr(actual, name), getattr(expected, name)
             self.compare(one, other, f"{path}.{name}")
         if isinstance(expected, torch.Tensor) and _wrapped(expected):
@@ -139,6 +146,10 @@ def _compare_sparse(actual: torch.Tensor, expected: torch.Tensor, path: str) -> 
     else:
         assert torch.equal(actual.values(), expected.values()), path
         assert torch.equal(actual.to_dense(), expected.to_dense()), path
+
+
+def _slots(obj: object) -> tuple[str, ...]:
+    return tuple(vars(type(obj)).get("__slots__", ()))
 
 
 def _wrapped(tensor: torch.Tensor) -> dict[str, torch.Tensor]:

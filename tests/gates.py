@@ -8,6 +8,8 @@ import asyncio
 import contextlib
 import functools
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Future
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from aiockpt.errors import CheckpointError
 from aiockpt.machinery import Machinery
 from aiockpt.runtime import Runtime
 from aiockpt.threads import Call
@@ -147,7 +150,7 @@ async def cancelled_at(at: int, work: Coroutine[Any, Any, Any]) -> bool:
 
     The suspensions are those on the caller's loop.
     """
-    driven = Driven(work, at, lambda: task.cancel())
+    driven = Driven(work, at, lambda: task.cancel())  # noqa: PLW0108 - made below
 
     async def main() -> None:
         await driven
@@ -175,7 +178,7 @@ class EngineSide:
 
         def spawn(machinery: Machinery, work: Coroutine[Any, Any, Any]) -> Call[Any]:
             self._patch.setattr(Machinery, "spawn", original)
-            driven = Driven(work, at, lambda: call._cancel_task())
+            driven = Driven(work, at, lambda: call._cancel_task())  # noqa: PLW0108
 
             async def main() -> object:
                 try:
@@ -213,3 +216,36 @@ def in_thread(work: Callable[[], Any]) -> "Future[Any]":
 
     threading.Thread(target=run, name="test").start()
     return outcome
+
+
+def run_script(script: str, *args: object, options: tuple[str, ...] = ()) -> Any:
+    """A Python process that has run `script`; it has `returncode`, `stdout`, `stderr`."""
+    command = [sys.executable, *options, "-c", script, *map(str, args)]
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=LIMIT_S
+    )
+
+
+async def quietly(work: Coroutine[Any, Any, object]) -> CheckpointError | None:
+    """The error that `work` raised, if it did."""
+    try:
+        await work
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+def causes(error: BaseException | None) -> list[BaseException]:
+    """`error` and what it was raised from, one from the other."""
+    chain: list[BaseException] = []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__
+    return chain

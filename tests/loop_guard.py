@@ -128,6 +128,8 @@ def _block_buster() -> BlockBuster:
     for function in guard.functions.values():
         # The first import of a module reads its file, wherever it happens.
         function.can_block_in("<frozen importlib._bootstrap>", {"_find_and_load"})
+        # The blocking doors for one file work on their caller's thread.
+        function.can_block_in("aiockpt/onefile.py", {"save_blocking", "load_blocking"})
         # Where log records go is the application's choice.
         function.can_block_in("logging/__init__.py", {"handle"})
     guard.functions |= _bound_names(guard, scope)

@@ -7,7 +7,11 @@ from typing import Any, NamedTuple
 import torch
 
 # How a step changes tensors: one by one, in lists, or in one kernel.
-FORMS = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+FORMS = {
+    "loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
 KINDS = {
     "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     "AdamW": (torch.optim.AdamW, {"lr": 0.1}),

@@ -461,7 +461,7 @@ def environment(**changes):
 
 
 def start(*args):
-    return subprocess.run(  # noqa: S603
+    return subprocess.run(
         command(*args), capture_output=True, text=True, check=False, env=environment()
     )
 
@@ -484,7 +484,7 @@ def on_terminal(*args, **changes):
     """What the command writes to a terminal."""
     ours, theirs = pty.openpty()
     with os.fdopen(ours, "rb", buffering=0) as terminal:
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(
             command(*args),
             stdin=theirs,
             stdout=theirs,

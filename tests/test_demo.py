@@ -1,5 +1,7 @@
 """The demonstration: killed for real in the middle of a save, and resumed exactly."""
 
+import asyncio
+import errno
 import signal
 import subprocess
 import sys
@@ -7,10 +9,12 @@ import sys
 import msgspec
 import pytest
 
+import aiockpt
 from aiockpt import sync
 from aiockpt.demo.model import Shape
 from aiockpt.demo.show import run
-from aiockpt.demo.trainer import FILE, Settings
+from aiockpt.demo.trainer import FILE, Settings, Started, Stepped, train
+from aiockpt.errors import StorageError
 
 TINY = Settings(
     root="",
@@ -30,10 +34,19 @@ def ignore(_event):
     """Nobody watches."""
 
 
-def train(root, **changes):
-    act = run(settings(root, **changes), ignore)
+def completed(root):
+    act = run(settings(root), ignore)
     assert act.returncode == 0, act.complaint
     return act
+
+
+def trained(root, **changes):
+    """The tag that a run in this process went on from, and its losses."""
+    events = []
+    asyncio.run(train(settings(root, **changes), events.append))
+    assert isinstance(events[0], Started)
+    steps = [event for event in events if isinstance(event, Stepped)]
+    return events[0].resumed_from, {step.step: step.loss for step in steps}
 
 
 def exactly(losses):
@@ -49,11 +62,11 @@ def test_losses_after_a_kill_in_a_save_equal_those_without_one_bit_for_bit(tmp_p
     assert attempt.stat().st_size > 0
     assert [path.name for path in (tmp_path / "killed").glob("step-*")] == ["step-0003"]
 
-    resumed = train(tmp_path / "killed")
+    resumed = completed(tmp_path / "killed")
     assert resumed.started.resumed_from == "step-0003"
     assert not attempt.exists()
 
-    straight = train(tmp_path / "straight")
+    straight = completed(tmp_path / "straight")
     assert sorted(straight.losses) == list(range(1, 10))
     assert sorted(resumed.losses) == list(range(4, 10))
     assert exactly(killed.losses | resumed.losses) == exactly(straight.losses)
@@ -62,24 +75,31 @@ def test_losses_after_a_kill_in_a_save_equal_those_without_one_bit_for_bit(tmp_p
 
 
 def test_a_run_that_has_ended_can_be_prolonged_and_is_the_longer_run(tmp_path):
-    train(tmp_path / "prolonged", steps=4)
-    prolonged = train(tmp_path / "prolonged")
-    assert prolonged.started.resumed_from == "step-0004"
-    straight = train(tmp_path / "straight")
-    assert exactly(prolonged.losses) == exactly(
-        {step: straight.losses[step] for step in prolonged.losses}
-    )
-    assert train(tmp_path / "prolonged").losses == {}
+    trained(tmp_path / "prolonged", steps=4)
+    resumed_from, losses = trained(tmp_path / "prolonged")
+    assert resumed_from == "step-0004"
+    _, straight = trained(tmp_path / "straight")
+    assert exactly(losses) == exactly({step: straight[step] for step in range(5, 10)})
+    assert trained(tmp_path / "prolonged") == ("step-0009", {})
 
 
 def test_a_run_that_does_not_resume_starts_afresh_and_replaces_tags(tmp_path):
-    first = train(tmp_path, steps=3)
-    again = train(tmp_path, steps=3, resume=False, seed=1)
-    assert again.started.resumed_from is None
-    assert sorted(again.losses) == [1, 2, 3]
-    assert first.losses != again.losses
+    _, first = trained(tmp_path, steps=3)
+    resumed_from, again = trained(tmp_path, steps=3, resume=False, seed=1)
+    assert resumed_from is None
+    assert sorted(again) == [1, 2, 3]
+    assert first != again
     with sync.CheckpointEngine(tmp_path) as engine:
         assert [info.tag for info in engine.tags()] == ["step-0003"]
+
+
+def test_a_failed_commit_ends_the_training_with_its_own_error(tmp_path, monkeypatch):
+    async def fail(*_):
+        raise StorageError(errno.ENOSPC, "full", "disk")
+
+    monkeypatch.setattr(aiockpt.CheckpointEngine, "commit", fail)
+    with pytest.raises(StorageError, match="full"):
+        trained(tmp_path)
 
 
 def test_the_trainers_own_failure_is_told(tmp_path):
@@ -90,7 +110,7 @@ def test_the_trainers_own_failure_is_told(tmp_path):
 
 
 def demo(*args):
-    return subprocess.run(  # noqa: S603
+    return subprocess.run(
         [sys.executable, "-m", "aiockpt", "demo", *map(str, args)],
         capture_output=True,
         text=True,

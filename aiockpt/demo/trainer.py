@@ -141,6 +141,10 @@ class Training:
 
     def __init__(self, settings: Settings) -> None:
         """Stands before the first step."""
+        # Measured with torch 2.13 on CPU: where two threads share the first square
+        # root of a process, one of them sometimes does its half less exactly. That
+        # would be the optimizer's, and equal runs would differ. One thread does this.
+        torch.ones(1).sqrt()
         torch.manual_seed(settings.seed)
         self.step = 0
         self.model = Transformer(settings.shape)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from aiockpt.loading.container import Container, container_of
+from aiockpt.loading.reading import named
 from aiockpt.loading.safetensors_loading import read_header
 from aiockpt.loading.torch_file import PICKLE_RECORD, TorchFile
 from aiockpt.outline import Leaf, TensorOutline, leaves, tensors_in
@@ -84,8 +85,13 @@ def inspect_file(file: ReadFile) -> FileInfo:
         InvalidArgumentError: Only another reader loads it.
         StorageError: The file system refused.
     """
-    if container_of(file) is Container.SAFETENSORS:
-        return _inspect_safetensors(file)
+    with named(file):
+        if container_of(file) is Container.SAFETENSORS:
+            return _inspect_safetensors(file)
+        return _inspect_torch(file)
+
+
+def _inspect_torch(file: ReadFile) -> FileInfo:
     records = TorchFile(file)
     root = records.outline(records.read(PICKLE_RECORD))
     tensors: list[TensorInfo] = []

@@ -41,8 +41,7 @@ def read_header(file: ReadFile) -> Header:
     length = read_bytes(file, Region("the header's length", 0, 8, None))
     with named(file):
         nbytes = header_nbytes(length, file.nbytes)
-    prefix = read_bytes(file, Region("the header", 0, nbytes, None))
-    with named(file):
+        prefix = read_bytes(file, Region("the header", 0, nbytes, None))
         return parse_header(prefix, file.nbytes)
 
 
@@ -60,15 +59,17 @@ class SafetensorsLoading:
     placement: Placement
     is_mapped: bool
 
-    def load(self, keys: Sequence[str] | None) -> dict[str, torch.Tensor]:
-        """Returns the tensors named, or all, in the order of their bytes."""
+    def load(self, into: object, keys: Sequence[str] | None) -> dict[str, torch.Tensor]:
+        """Does what `load_file` promises; tensors in the order of their bytes."""
+        if into is not None:
+            return self._load_into(into, keys)
         fetch: Fetch = partial(read_storage, self.file)
         if self.is_mapped:
             fetch = open_mapping(self.file)
         entries = self._entries(keys)
         return {name: self._tensor(entry, fetch) for name, entry in entries.items()}
 
-    def load_into(
+    def _load_into(
         self, into: object, keys: Sequence[str] | None
     ) -> dict[str, torch.Tensor]:
         """Fills the tensors in `into`, which it returns by name.

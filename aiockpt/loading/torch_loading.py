@@ -36,17 +36,21 @@ class TorchLoading:
     unpickling: Unpickling
     is_mapped: bool
 
-    def load_all(self) -> object:
-        """Returns what was saved."""
+    def load(self, into: object, keys: Sequence[str] | None) -> object:
+        """Does what `load_file` promises."""
+        if into is not None:
+            return self._load_into(into, keys)
+        if keys is not None:
+            return self._load_keys(keys)
         return self._run(self.records.read(PICKLE_RECORD))
 
-    def load_keys(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+    def _load_keys(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         """Returns the tensors named, by key path; reads nothing of the others."""
         data = self.records.read(PICKLE_RECORD)
         nodes = self._tensors(self.records.outline(data), keys)
         return self._make(nodes, data)
 
-    def load_into(self, into: object, keys: Sequence[str] | None) -> object:
+    def _load_into(self, into: object, keys: Sequence[str] | None) -> object:
         """Fills the tensors in `into`; returns what was saved, with these in it.
 
         What can be refused is refused before any of them is changed. With `keys`,

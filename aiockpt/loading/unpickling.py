@@ -1,6 +1,6 @@
 """Running a checkpoint's pickle with torch's own restricted unpickler, or without."""
 
-__all__ = ["Unpickling", "UnsafePickleError"]
+__all__ = ["Unpickling"]
 
 import io
 import pickle
@@ -18,7 +18,6 @@ from torch.serialization import _serialization_tls as torch_local  # pyright: ig
 from typing_extensions import override
 
 from aiockpt.errors import (
-    CheckpointError,
     CorruptCheckpointError,
     InvalidArgumentError,
 )
@@ -27,22 +26,6 @@ from aiockpt.loading.storages import StorageLoader
 
 _NO_MEMORY: Final = (MemoryError, torch.OutOfMemoryError)
 _MAX_SHOWN: Final = 200
-
-
-class UnsafePickleError(CheckpointError):
-    """The file needs classes that `weights_only=True` does not allow.
-
-    Remedy: allow the class in torch, or load with `weights_only=False`, if you
-    trust the file.
-
-    Attributes:
-        name: Dotted name of the first class or function refused, where known.
-    """
-
-    def __init__(self, message: str, *, name: str | None = None) -> None:
-        """Keep the name beside the message."""
-        super().__init__(message)
-        self.name = name
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Final
 from isal.isal_zlib import crc32
 
 from aiockpt.loading.container import Container, container_of
-from aiockpt.loading.reading import Region, checksum_mismatch
+from aiockpt.loading.reading import Region, checksum_mismatch, named
 from aiockpt.loading.safetensors_loading import read_header
 from aiockpt.loading.torch_file import TorchFile
 from aiockpt.storage.base import ReadFile
@@ -33,10 +33,11 @@ def verify_file(file: ReadFile, progress: Callable[[int], None] | None = None) -
         InvalidArgumentError: Only another reader loads it.
         StorageError: The file system refused.
     """
-    if container_of(file) is Container.SAFETENSORS:
-        read_header(file)
-        return _verify(file, None, progress)
-    return _verify(file, TorchFile(file), progress)
+    with named(file):
+        if container_of(file) is Container.SAFETENSORS:
+            read_header(file)
+            return _verify(file, None, progress)
+        return _verify(file, TorchFile(file), progress)
 
 
 def _verify(

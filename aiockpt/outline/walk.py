@@ -84,7 +84,7 @@ def segment(name: object) -> str:
 def _is_plain(name: object) -> bool:
     if type(name) is tuple:
         return all(map(_is_plain, name))
-    return name is None or type(name) in (str, bytes, bool, int, float)
+    return name is None or type(name) in (str, bool, int, float)
 
 
 def tensors_in(node: object) -> list[TensorOutline]:

@@ -79,17 +79,21 @@ class LocalStorage:
                 descriptor = self._open_beneath(path)
             except FileNotFoundError as error:
                 raise CheckpointNotFoundError(f"there is no file {full!r}") from error
-            return _LocalReadFile(full, descriptor)
+            try:
+                return _LocalReadFile(full, descriptor)
+            except BaseException:
+                _close_unwritten(descriptor)
+                raise
 
     def _open_beneath(self, path: str) -> int:
         # Component by component, so that no link below the root leads out of it.
         *parents, name = path.split("/")
         with contextlib.ExitStack() as stack:
             directory = os.open(self.root, _DIR_FLAGS & ~os.O_NOFOLLOW)
-            stack.callback(os.close, directory)
+            stack.callback(_close_unwritten, directory)
             for parent in parents:
                 directory = os.open(parent, _DIR_FLAGS, dir_fd=directory)
-                stack.callback(os.close, directory)
+                stack.callback(_close_unwritten, directory)
             # Without O_NONBLOCK, opening a FIFO would wait for its writer.
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             return os.open(name, flags, dir_fd=directory)
@@ -117,7 +121,8 @@ class LocalStorage:
                 finally:
                     os.close(descriptor)
             except BaseException:
-                os.unlink(full)
+                with contextlib.suppress(OSError):
+                    os.unlink(full)
                 raise
 
     def make_dirs(self, path: str) -> list[str]:
@@ -204,21 +209,22 @@ class LocalStorage:
         with _errors_name(full):
             while True:
                 descriptor = os.open(full, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                lock = _LocalLock(descriptor)
                 try:
                     fcntl.flock(
                         descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
                     )
+                    # A sweeper may have removed the file between the open and the lock:
+                    # then this lock guards nothing that others can see.
+                    if _is_same_file(descriptor, full):
+                        return lock
                 except BlockingIOError:
-                    os.close(descriptor)
+                    lock.release()
                     return None
                 except BaseException:
-                    os.close(descriptor)
+                    lock.release()
                     raise
-                # A sweeper may have removed the file between the open and the lock:
-                # then this lock guards nothing that others can see.
-                if _is_same_file(descriptor, full):
-                    return _LocalLock(descriptor)
-                os.close(descriptor)
+                lock.release()
 
 
 def _is_dir(entry: "os.DirEntry[str]") -> bool:
@@ -247,21 +253,16 @@ class _LocalLock:
             # Unlocked by word: closing is not enough while a forked child, which
             # may live for hours, has its copy of the descriptor.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
+        _close_unwritten(descriptor)
 
 
 class _LocalReadFile:
     def __init__(self, full: str, descriptor: int) -> None:
         self.path = full
         self._descriptor = descriptor
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise StorageError(errno.EINVAL, "not a regular file", full)
-        except BaseException:
-            os.close(descriptor)
-            raise
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise StorageError(errno.EINVAL, "not a regular file", full)
         self.nbytes = status.st_size
 
     def read_into(self, offset: int, view: memoryview) -> None:
@@ -280,7 +281,7 @@ class _LocalReadFile:
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            _close_unwritten(descriptor)
 
 
 class _LocalWriteFile:
@@ -392,6 +393,12 @@ def _sync_dir(full: str) -> None:
     try:
         os.fsync(descriptor)
     finally:
+        _close_unwritten(descriptor)
+
+
+def _close_unwritten(descriptor: int) -> None:
+    """Closes what nothing was written through: a failure says nothing of use."""
+    with contextlib.suppress(OSError):
         os.close(descriptor)
 
 
@@ -412,8 +419,9 @@ def _open_new(full: str, flags: int, *, nbytes: int) -> int:
         try:
             _reserve(descriptor, nbytes)
         except BaseException:
-            os.close(descriptor)
-            os.unlink(full)
+            _close_unwritten(descriptor)
+            with contextlib.suppress(OSError):
+                os.unlink(full)
             raise
         return descriptor
 

@@ -156,7 +156,7 @@ def test_a_tag_that_is_deleted_during_the_repair_is_not_named(catalog, root):
                 with catalog_at(root) as other:
                     other.open_work()
                     other.delete(tag)
-                (root / "latest").unlink()
+                (root / "latest").unlink(missing_ok=True)
 
     with tapped(delete):
         assert catalog.latest() == "one"
@@ -189,6 +189,9 @@ def test_an_error_of_the_file_system_is_raised_and_no_older_tag_taken(
             break
         assert catalog.latest() == "two"
         assert (root / "latest").read_bytes() == b"two\n"
+        if num_times > 1:
+            # What could not be removed then is removed now.
+            catalog.sweep()
         assert pointers_under_way(root) == []
     assert num_raised > 3
 

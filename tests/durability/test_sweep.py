@@ -1,5 +1,6 @@
 """What dead engines left goes away; what living ones hold is never touched."""
 
+import asyncio
 import errno
 import itertools
 import subprocess
@@ -20,14 +21,20 @@ from tracing import FailAt, Moment, fail_on, tapped
 SMALL = {"host_cache_size": 8 / 1024, "parser_threads": 1}
 
 
-def dead_engine(root: Path, *, num_attempts: int = 2) -> str:
-    """An engine that died in the middle of its attempts; its name."""
-    catalog = Catalog(storage_at(root))
-    for _ in range(num_attempts):
-        prepare(catalog, root)
-    # The kernel lets go of a dead process's locks, and does nothing else.
-    catalog._lock.release()
-    return catalog._engine
+def dead_engines(root: Path, *nums_attempts: int) -> list[str]:
+    """Engines that died in the middle of so many attempts each; their names."""
+    catalogs = [Catalog(storage_at(root)) for _ in nums_attempts]
+    for catalog, num_attempts in zip(catalogs, nums_attempts, strict=True):
+        for _ in range(num_attempts):
+            prepare(catalog, root)
+    for catalog in catalogs:
+        # The kernel lets go of a dead process's locks, and does nothing else.
+        catalog._lock.release()
+    return [catalog._engine for catalog in catalogs]
+
+
+def dead_engine(root: Path) -> str:
+    return dead_engines(root, 2)[0]
 
 
 @pytest.fixture
@@ -38,7 +45,7 @@ def catalog(root: Path) -> Iterator[Catalog]:
 
 
 def test_what_a_dead_engine_left_is_removed_and_the_tags_are_not(catalog, root):
-    dead = [dead_engine(root), dead_engine(root, num_attempts=1)]
+    dead = dead_engines(root, 1, 3, 2)
     assert leftovers(root)
 
     assert sorted(catalog.sweep()) == sorted(dead)
@@ -179,13 +186,15 @@ def test_a_sweep_that_fails_midway_is_completed_by_the_next(root):
 # --- engines sweep when they start ------------------------------------------------
 
 
-async def test_an_engine_sweeps_when_it_starts(root):
+def test_an_engine_sweeps_when_it_starts(root):
     make_tags(root, "one")
     dead_engine(root)
 
-    async with aiockpt.CheckpointEngine(root, SMALL) as engine:
-        assert leftovers(root) == []
-        assert await engine.latest() == "one"
+    async def start() -> tuple[list[str], str | None]:
+        async with aiockpt.CheckpointEngine(root, SMALL) as engine:
+            return leftovers(root), await engine.latest()
+
+    assert asyncio.run(start()) == ([], "one")
 
 
 def test_an_engine_without_a_context_manager_sweeps_with_its_first_tag(root):

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-import anyio
 import pytest
 import torch
 
@@ -23,6 +22,7 @@ from gates import (
     held_loop,
     turns,
 )
+from interrupts import WAYS, by_cancel
 
 OLD = {"w": torch.arange(1000.0)}
 # Larger than the ring.
@@ -191,99 +191,6 @@ async def test_entering_an_engine_that_is_cancelled_closes_it(root, monkeypatch)
         await engine.create("a")
 
 
-Interrupt = Callable[
-    [Awaitable[object], Callable[[], Awaitable[None]], Callable[[], Awaitable[None]]],
-    Awaitable[asyncio.CancelledError],
-]
-
-
-async def noted(
-    work: Awaitable[object], seen: list[asyncio.CancelledError]
-) -> None:
-    try:
-        await work
-    except asyncio.CancelledError as error:
-        seen.append(error)
-        raise
-
-
-async def by_cancel(work, moment, then) -> asyncio.CancelledError:
-    seen: list[asyncio.CancelledError] = []
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(noted(work, seen))
-        await moment()
-        task.cancel()
-        await then()
-    return seen[0]
-
-
-async def by_cancelling_twice(work, moment, then) -> asyncio.CancelledError:
-    seen: list[asyncio.CancelledError] = []
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(noted(work, seen))
-        await moment()
-        task.cancel()
-        await turns()
-        task.cancel()
-        await then()
-    return seen[0]
-
-
-async def by_timeout(work, moment, then) -> asyncio.CancelledError:
-    seen: list[asyncio.CancelledError] = []
-
-    async def expire() -> None:
-        await moment()
-        scope.reschedule(0)
-        await then()
-
-    async with asyncio.TaskGroup() as group:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(None) as scope:
-                group.create_task(expire())
-                await noted(work, seen)
-    return seen[0]
-
-
-async def by_sibling(work, moment, then) -> asyncio.CancelledError:
-    seen: list[asyncio.CancelledError] = []
-
-    async def fail() -> None:
-        await moment()
-        raise ZeroDivisionError
-
-    async with asyncio.TaskGroup() as outer:
-        with pytest.raises(ExceptionGroup) as failed:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(noted(work, seen))
-                group.create_task(fail())
-                outer.create_task(after(moment, then))
-    assert failed.group_contains(ZeroDivisionError)
-    return seen[0]
-
-
-async def after(moment, then) -> None:
-    await moment()
-    await then()
-
-
-async def by_anyio_scope(work, moment, then) -> asyncio.CancelledError:
-    seen: list[asyncio.CancelledError] = []
-
-    async def leave() -> None:
-        await moment()
-        scope.cancel()
-        await then()
-
-    async with asyncio.TaskGroup() as group:
-        with anyio.CancelScope() as scope:
-            group.create_task(leave())
-            await noted(work, seen)
-    assert scope.cancelled_caught
-    return seen[0]
-
-
-WAYS = [by_cancel, by_cancelling_twice, by_timeout, by_sibling, by_anyio_scope]
 ways = pytest.mark.parametrize("interrupt", WAYS)
 
 

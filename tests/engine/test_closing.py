@@ -1,0 +1,112 @@
+"""An engine that is closed finishes what it must, and says what is lost."""
+
+import asyncio
+import threading
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+from aiockpt import (
+    CheckpointEngine,
+    CheckpointError,
+    EngineStateError,
+    events,
+    saver,
+)
+from aiockpt.catalog import Catalog
+from aiockpt.storage.local import _LocalWriteFile
+from gates import (
+    RING_8_MIB,
+    causes,
+    failing,
+    happened,
+    held,
+    quietly,
+    turns,
+)
+
+STATE = {"w": torch.arange(5 << 20, dtype=torch.float32), "step": 7}
+
+
+async def test_closing_with_an_uncommitted_tag_names_it(root):
+    engine = CheckpointEngine(root, RING_8_MIB)
+    for tag in ("first", "second"):
+        await engine.create(tag)
+        await engine.save(STATE, "model.pt")
+    with pytest.raises(EngineStateError, match=r"'first'.*never committed") as lost:
+        await engine.aclose()
+    assert "'second'" in "".join(lost.value.__notes__)
+    await engine.aclose()
+    assert list((root / ".aiockpt" / "work").iterdir()) == []
+
+
+async def test_closing_tells_a_failure_that_nobody_has_heard_of(root, monkeypatch):
+    boom = ValueError("boom")
+    monkeypatch.setattr(saver, "make_plan", failing(boom))
+    has_failed: Future[events.Event] = Future()
+    engine = CheckpointEngine(root, observers=[has_failed.set_result])
+    await engine.create("a")
+    await engine.save({}, "model.pt")
+    await happened(has_failed)
+    with pytest.raises(CheckpointError, match="boom") as failed:
+        await engine.aclose()
+    assert boom in causes(failed.value)
+    await engine.aclose()
+
+
+async def test_closing_is_silent_on_a_failure_that_was_told(root, monkeypatch):
+    monkeypatch.setattr(saver, "make_plan", failing(ValueError("boom")))
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
+        await engine.create("a")
+        await engine.save({}, "model.pt")
+        with pytest.raises(CheckpointError, match="boom"):
+            await engine.staged()
+
+
+async def test_an_error_of_the_body_is_not_masked(root):
+    with pytest.raises(ZeroDivisionError) as raised:
+        async with CheckpointEngine(root, RING_8_MIB) as engine:
+            await engine.create("half-done")
+            await engine.save(STATE, "model.pt")
+            raise ZeroDivisionError
+    assert "'half-done'" in "".join(raised.value.__notes__)
+
+
+async def test_any_number_of_tasks_may_close_the_engine(root):
+    engine = CheckpointEngine(root, RING_8_MIB)
+    await engine.create("a")
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(quietly(engine.aclose())) for _ in range(5)]
+    assert [task.result() for task in tasks].count(None) == 4
+    assert not [t for t in threading.enumerate() if t.name == "aiockpt-engine"]
+
+
+async def test_a_commit_under_way_is_finished_by_closing(root, monkeypatch):
+    engine = CheckpointEngine(root, RING_8_MIB)
+    await engine.create("a")
+    await engine.save(STATE, "model.pt")
+    async with asyncio.TaskGroup() as group:
+        with held(monkeypatch, _LocalWriteFile, "_sync") as gate:
+            commit = group.create_task(engine.commit("a"))
+            await gate.reached()
+            closing = group.create_task(engine.aclose())
+            await turns()
+            assert not closing.done()
+    assert commit.result().tag == "a"
+    assert torch.equal(torch.load(root / "a" / "model.pt")["w"], STATE["w"])
+
+
+@pytest.mark.parametrize("step", ["open_work", "new_directory"])
+async def test_a_tag_that_is_being_created_while_closing_leaves_nothing(
+    step, root, monkeypatch
+):
+    engine = CheckpointEngine(root, RING_8_MIB)
+    async with asyncio.TaskGroup() as group:
+        with held(monkeypatch, Catalog, step) as gate:
+            group.create_task(engine.create("late"))
+            await gate.reached()
+            closing = group.create_task(quietly(engine.aclose()))
+            await turns()
+    assert "'late'" in str(closing.result())
+    assert list((root / ".aiockpt" / "work").iterdir()) == []
