@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, Self
 import torch
 
 from tracing import Moment, tapped
-from workloads import SMALL, WORKLOADS, Engine, save
+from workloads import SMALL, WORKLOADS, Engine, make_start, save
 
 
 class Server:
@@ -231,6 +232,9 @@ CASES: Sequence[Callable[..., list[Any]]] = (crash, race, refused, save_many)
 def serve() -> None:
     """Answers requests, one to a line, until there are no more."""
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as path:
+        # Imports what is imported late: a child may not be allowed to.
+        make_start(Path(path))
     # What a child's collector touched would have to be copied first.
     gc.disable()
     gc.freeze()

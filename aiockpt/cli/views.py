@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from aiockpt.loading.container import Container, container_of
-from aiockpt.loading.reading import Region, read_storage
+from aiockpt.loading.reading import Region, named, read_storage
 from aiockpt.loading.safetensors_loading import read_header
 from aiockpt.loading.torch_file import PICKLE_RECORD, TorchFile
 from aiockpt.outline import TensorOutline, leaves, tensors_in
@@ -39,9 +39,10 @@ class View(NamedTuple):
 
 def views(file: ReadFile) -> dict[str, View]:
     """Every tensor by key, named as `inspect_file` names them; errors as its."""
-    if container_of(file) is Container.SAFETENSORS:
-        return dict(_safetensors_views(file))
-    return dict(_torch_views(TorchFile(file)))
+    with named(file):
+        if container_of(file) is Container.SAFETENSORS:
+            return dict(_safetensors_views(file))
+        return dict(_torch_views(TorchFile(file)))
 
 
 def is_equal(a: View, b: View) -> bool:

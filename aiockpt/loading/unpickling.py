@@ -20,6 +20,7 @@ from typing_extensions import override
 from aiockpt.errors import (
     CorruptCheckpointError,
     InvalidArgumentError,
+    UnsafePickleError,
 )
 from aiockpt.loading.placing import MapLocation
 from aiockpt.loading.storages import StorageLoader

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import aiockpt.sync
 from aiockpt.errors import StorageError
 from catalogs import leftovers, names_in
 from crashing import Server
@@ -278,8 +277,9 @@ def test_a_directory_of_somebody_else_refuses_saves_by_name():
 def test_a_root_below_a_file_is_refused_by_name(tmp_path):
     (tmp_path / "file").write_bytes(b"mine")
 
-    with aiockpt.sync.CheckpointEngine(tmp_path / "file" / "root", SMALL) as engine:
-        assert engine.latest() is None
+    with Engine(tmp_path / "file" / "root", SMALL) as engine:
+        with pytest.raises(StorageError):
+            engine.latest()
         with pytest.raises(StorageError) as caught:
             engine.create("new")
 
