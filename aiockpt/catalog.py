@@ -363,8 +363,13 @@ class Catalog:
         manifests = self._manifests(is_tolerant=False)
         return manifests[-1] if manifests else None
 
-    def open_file(self, path: str | os.PathLike[str], tag: str | None) -> ReadFile:
+    def open_file(
+        self, path: str | os.PathLike[str], tag: str | None
+    ) -> tuple[ReadFile, FileEntry]:
         """Opens a file of a published tag (by default the latest) for reading.
+
+        Returns:
+            The file, and what the manifest says of it.
 
         An absolute path inside a tag's directory names the tag by itself.
 
@@ -394,22 +399,24 @@ class Catalog:
         except CheckpointNotFoundError:
             return False
 
-    def _open_entry(self, manifest: Manifest, relative: str) -> ReadFile:
+    def _open_entry(
+        self, manifest: Manifest, relative: str
+    ) -> tuple[ReadFile, FileEntry]:
         tag = manifest.tag
         entries = {entry.path: entry for entry in manifest.files}
         if relative not in entries:
             known = ", ".join(map(repr, entries))
             message = f"tag {tag!r} has no file {relative!r}; it has {known}"
             raise CheckpointNotFoundError(message)
+        entry = entries[relative]
         file = self._storage.open_read(f"{tag}/{relative}")
-        if file.nbytes != entries[relative].nbytes:
-            expected = entries[relative].nbytes
+        if file.nbytes != entry.nbytes:
             file.close()
-            message = f"{file.path}: {file.nbytes} bytes, not {expected} as written"
+            message = f"{file.path}: {file.nbytes} bytes, not {entry.nbytes} as written"
             raise CorruptCheckpointError(
-                message, path=file.path, offset=min(file.nbytes, expected)
+                message, path=file.path, offset=min(file.nbytes, entry.nbytes)
             )
-        return file
+        return file, entry
 
     def _read_pointer(self, path: str) -> Manifest | None:
         """The tag that a pointer file names; None unless that is a published one.

@@ -243,7 +243,8 @@ class CheckpointEngine:
             map_location: Where tensors go, in every form that `torch.load` takes.
             tag: The tag; by default the latest published.
             weights_only: Whether code from the file is refused (it is by default).
-            verify: Whether every checksum is checked before data is returned.
+            verify: Whether every checksum is checked before data is returned, the whole
+                file's against the manifest included (the last not with `keys`).
             into: A state dict whose tensors are filled in place.
             keys: Names or globs over dotted keys; only these are read.
             mmap: Whether tensors are mapped from the file instead of read (and, since
@@ -265,7 +266,11 @@ class CheckpointEngine:
             keys=keys,
             mmap=mmap,
         )
-        return await self._runtime.spawn(self._runtime.load(path, tag, read)).wait()
+        # What is read in part, or not at all, cannot be compared as a whole.
+        is_checked = verify and not mmap and keys is None
+        return await self._runtime.spawn(
+            self._runtime.load(path, tag, read, is_checked=is_checked)
+        ).wait()
 
     async def latest(self) -> str | None:
         """The tag to resume from; None where nothing is published.

@@ -9,6 +9,7 @@ __all__ = [
     "FileInfo",
     "RecordInfo",
     "TensorInfo",
+    "check_file",
     "inspect_file",
     "load_file",
     "verify_file",
@@ -16,7 +17,7 @@ __all__ = [
 
 from collections.abc import Sequence
 
-from aiockpt.errors import InvalidArgumentError
+from aiockpt.errors import CorruptCheckpointError, InvalidArgumentError
 from aiockpt.loading.container import Container, container_of
 from aiockpt.loading.inspecting import FileInfo, RecordInfo, TensorInfo, inspect_file
 from aiockpt.loading.placing import MapLocation, Placement
@@ -27,6 +28,22 @@ from aiockpt.loading.torch_loading import TorchLoading
 from aiockpt.loading.unpickling import Unpickling
 from aiockpt.loading.verifying import verify_file
 from aiockpt.storage.base import ReadFile
+
+
+def check_file(file: ReadFile, file_crc32: int) -> None:
+    """Returns if the file is whole and the one that a manifest describes.
+
+    Raises:
+        CorruptCheckpointError: It is not; names the tensor at fault where it can.
+        StorageError: The file system refused.
+    """
+    found = verify_file(file)
+    if found != file_crc32:
+        message = (
+            f"{file.path}: not the file that the manifest describes: its CRC-32 is "
+            f"{found:08x} instead of {file_crc32:08x}"
+        )
+        raise CorruptCheckpointError(message, path=file.path)
 
 
 def load_file(  # noqa: PLR0913 - the arguments of `torch.load`, and what it lacks

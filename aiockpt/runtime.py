@@ -23,6 +23,7 @@ from aiockpt.catalog import Catalog
 from aiockpt.config import EngineConfig
 from aiockpt.errors import CheckpointError, EngineStateError
 from aiockpt.events import CommitReport, Observer
+from aiockpt.loader import check_file
 from aiockpt.machinery import Machinery
 from aiockpt.manifest import TagInfo, check_path, check_tag
 from aiockpt.ranks.base import Ranks
@@ -274,17 +275,29 @@ class Runtime:
         path: str | os.PathLike[str],
         tag: str | None,
         read: Callable[[ReadFile], T],
+        *,
+        is_checked: bool,
     ) -> T:
-        """What `read` makes of one file of a published tag, in a worker."""
-        return await run_blocking(self._machinery.workers, self._load, path, tag, read)
+        """What `read` makes of one file of a published tag, in a worker.
+
+        With `is_checked`, only after the file was found to be the manifest's.
+        """
+        return await run_blocking(
+            self._machinery.workers, self._load, path, tag, read, is_checked=is_checked
+        )
 
     def _load(
         self,
         path: str | os.PathLike[str],
         tag: str | None,
         read: Callable[[ReadFile], T],
+        *,
+        is_checked: bool,
     ) -> T:
-        with closing(self._catalog.open_file(path, tag)) as file:
+        file, entry = self._catalog.open_file(path, tag)
+        with closing(file):
+            if is_checked:
+                check_file(file, entry.crc32)
             return read(file)
 
     async def latest(self) -> str | None:

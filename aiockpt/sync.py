@@ -165,7 +165,11 @@ class CheckpointEngine:
             keys=keys,
             mmap=mmap,
         )
-        return self._runtime.spawn(self._runtime.load(path, tag, read)).result()
+        # What is read in part, or not at all, cannot be compared as a whole.
+        is_checked = verify and not mmap and keys is None
+        return self._runtime.spawn(
+            self._runtime.load(path, tag, read, is_checked=is_checked)
+        ).result()
 
     def latest(self) -> str | None:
         """The tag to resume from; None where nothing is published."""

@@ -38,7 +38,8 @@ def catalog(root: Path) -> Iterator[Catalog]:
 
 
 def read(catalog: Catalog, path: str, tag: str | None = None) -> bytes:
-    with closing(catalog.open_file(path, tag)) as file:
+    file, _ = catalog.open_file(path, tag)
+    with closing(file):
         data = bytearray(file.nbytes)
         file.read_into(0, memoryview(data))
         return bytes(data)
