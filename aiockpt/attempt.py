@@ -228,7 +228,7 @@ class Attempt:
                 # Shielded: there is no half of this.
                 try:
                     await outlast(self._publish())
-                except asyncio.CancelledError:
+                except asyncio.CancelledError:  # noqa: ASYNC103 - told by a note
                     # A failure waits for the next caller; this one would not see it.
                     if self.report is None:
                         raise

@@ -209,7 +209,7 @@ class Catalog:
                 published_ns=_next_ns(before.published_ns if before else 0),
                 world_size=world_size,
                 files=tuple(sorted(files, key=lambda entry: entry.path)),
-                versions=_versions(),
+                versions=_VERSIONS,
             )
             storage.make_dirs(f"{directory}/{PRIVATE_DIR}")
             storage.write_durable(f"{directory}/{MANIFEST_PATH}", encode(manifest))
@@ -387,11 +387,18 @@ class Catalog:
                 raise CheckpointNotFoundError(f"nothing is published in {root!r}")
             relative = check_path(text, [f"{root}/{manifest.tag}"])
             try:
-                return self._open_entry(manifest, relative)
+                file, entry = self._open_entry(manifest, relative)
             except (CheckpointNotFoundError, CorruptCheckpointError):
                 if self._is_current(manifest):
                     raise
-                # Overwritten or deleted between the look at it and at the file.
+                continue
+            with contextlib.ExitStack() as stack:
+                stack.callback(file.close)
+                # Opened between two equal looks, it is the manifest's file; else the
+                # tag was overwritten, or deleted, in between.
+                if self._is_current(manifest):
+                    stack.pop_all()
+                    return file, entry
 
     def _is_current(self, manifest: Manifest) -> bool:
         try:
@@ -498,5 +505,13 @@ def _next_ns(last_ns: int) -> int:
     return max(time.time_ns(), last_ns + 1)
 
 
-def _versions() -> dict[str, str]:
-    return {"aiockpt": metadata.version("aiockpt"), "torch": str(torch.__version__)}
+def _own_version() -> str:
+    try:
+        return metadata.version("aiockpt")
+    except metadata.PackageNotFoundError:
+        # Imported from a source tree that was never installed.
+        return "unknown"
+
+
+# Looked up once: a commit reads no file that it does not need.
+_VERSIONS = {"aiockpt": _own_version(), "torch": str(torch.__version__)}

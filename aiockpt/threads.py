@@ -9,6 +9,7 @@ takes for free. So every wait here outlasts its thread: `run_blocking` and
 __all__ = ["Call", "LoopThread", "WorkerPool", "outlast", "run_blocking"]
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import os
@@ -340,7 +341,7 @@ class LoopThread:
         self._loop = asyncio.SelectorEventLoop()
         self._stop = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
-        self._early: list[Call[Any]] = []
+        self._early: collections.deque[Call[Any]] = collections.deque()
         self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._is_stopping = False
         self._lock = threading.Lock()
@@ -361,9 +362,8 @@ class LoopThread:
     async def _main(self) -> None:
         async with asyncio.TaskGroup() as group:
             self._group = group
-            for call in self._early:
-                call.start(group)
-            self._early.clear()
+            while self._early:
+                self._early.popleft().start(group)
             await self._stop.wait()
 
     def _start(self, call: "Call[Any]") -> None:

@@ -86,5 +86,7 @@ def leftovers(root: Path) -> list[str]:
     private = root / ".aiockpt"
     clean = {private / "lock", private / "work"}
     return sorted(
-        str(path.relative_to(private)) for path in private.rglob("*") if path not in clean
+        str(path.relative_to(private))
+        for path in private.rglob("*")
+        if path not in clean
     )

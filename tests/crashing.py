@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import torch
 
+from aiockpt.errors import CheckpointError
 from tracing import Moment, tapped
 from workloads import SMALL, WORKLOADS, Engine, make_start, save
 
@@ -143,7 +144,7 @@ def race(root: str, tag: str, num_racers: int) -> list[Any]:
                 os.read(start, 1)
                 try:
                     engine.commit(tag)
-                except Exception as error:
+                except CheckpointError as error:
                     tell({"error": type(error).__name__, "text": str(error)})
                 else:
                     tell({"won": seed})
@@ -153,7 +154,9 @@ def race(root: str, tag: str, num_racers: int) -> list[Any]:
     children = [_fork(racer(seed)) for seed in range(num_racers)]
     firsts = [_first_line(pipe) for _, pipe in children]
     os.close(starter)
-    told = [[*first, *_told(*child)] for first, child in zip(firsts, children, strict=True)]
+    told = [
+        [*first, *_told(*child)] for first, child in zip(firsts, children, strict=True)
+    ]
     os.close(start)
     return told
 
@@ -205,7 +208,7 @@ def _fork(work: Callable[[Callable[[object], None]], None]) -> tuple[int, int]:
     try:
         work(tell)
         status = 0
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - nobody else would show it
         traceback.print_exc()
     finally:
         os._exit(status)
@@ -241,7 +244,9 @@ def serve() -> None:
     cases = {case.__name__: case for case in CASES}
     for line in sys.stdin:
         request = json.loads(line)
-        print(json.dumps(cases[request.pop("kind")](**request)), flush=True)
+        answer = cases[request.pop("kind")](**request)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

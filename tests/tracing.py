@@ -368,7 +368,10 @@ def check_commit_order(
     assert published.end < pointing.begin, "`latest` moved to a tag at risk"
     assert trace.sync_of(root, after=pointing).end < returned
     for call in calls:
-        if call.name == "fsync" and os.path.basename(call.path) in {*paths, "manifest.json"}:
+        if call.name == "fsync" and os.path.basename(call.path) in {
+            *paths,
+            "manifest.json",
+        }:
             trace.only(c for c in trace.named("fsync") if c.path == call.path)
 
 
@@ -445,10 +448,13 @@ def swapped(calls: Sequence[Call], one: int, other: int) -> list[Call]:
 
 # --- strace -----------------------------------------------------------------------
 
+_STRACED = (
+    "close", "fallocate", "fdatasync", "fsync", "ftruncate", "mkdir", "openat",
+    "pwrite64", "rename", "renameat", "renameat2", "write",
+)  # fmt: skip
 STRACE = (
-    "strace", "-f", "-qq", "-y", "-s", "0", "--seccomp-bpf", "-e", "signal=none", "-e",
-    "trace=openat,mkdir,pwrite64,write,ftruncate,fallocate,fsync,fdatasync,rename,"
-    "renameat,renameat2,close",
+    "strace", "-f", "-qq", "-y", "-s", "0", "--seccomp-bpf",
+    "-e", "signal=none", "-e", f"trace={','.join(_STRACED)}",
 )  # fmt: skip
 
 _LINE = re.compile(r"^(?P<pid>\d+) +(?P<rest>.*)$")

@@ -224,7 +224,7 @@ async def train(settings: Settings, emit: Callable[[Event], None]) -> None:
             async with asyncio.TaskGroup() as commits:
                 await _loop(engine, training, settings, commits, emit)
         except ExceptionGroup as group:
-            raise group.exceptions[0] from group
+            raise group.exceptions[0] from group  # noqa: ASYNC123 - the group is the cause
 
 
 async def _loop(

@@ -153,7 +153,7 @@ def test_a_program_that_forgets_any_one_sync_is_caught(trace):
         (("fsync", "model.pt"), ("pwrite", "model.pt")),
         (("fsync", "manifest.json"), ("write", "manifest.json")),
     ],
-    ids=lambda call: " ".join(call),
+    ids=" ".join,
 )
 def test_a_program_that_swaps_two_calls_is_caught(trace, late, early):
     calls, root, returned = trace

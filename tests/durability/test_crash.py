@@ -21,7 +21,6 @@ from workloads import (
     seeds,
 )
 
-
 # What a killed process leaves differs only by these; the kernel keeps the rest.
 CHANGING = [
     "create", "exchange", "fallocate", "flock", "ftruncate", "mkdir", "pwrite",

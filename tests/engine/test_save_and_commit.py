@@ -1,20 +1,22 @@
 """What is saved and committed is what is loaded, by aiockpt and by plain torch."""
 
 import asyncio
+import collections
 import json
 import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
 
-import aiockpt
-from aiockpt import events
+from aiockpt import CheckpointEngine, events
+from aiockpt.staging import host
 from aiockpt.storage.local import _LocalWriteFile
 from gates import RING_8_MIB, held
 
@@ -62,7 +64,7 @@ STATES: dict[str, Callable[[], object]] = {
 @pytest.mark.parametrize("make_state", STATES.values(), ids=STATES)
 async def test_every_loader_returns_what_was_saved(make_state, root):
     state = make_state()
-    async with aiockpt.CheckpointEngine(root, RING_8_MIB) as engine:
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("step-1")
         await engine.save(state, "model.pt")
         report = await engine.commit("step-1")
@@ -76,7 +78,7 @@ async def test_every_loader_returns_what_was_saved(make_state, root):
 
 
 async def test_the_standard_librarys_zip_test_passes(root):
-    async with aiockpt.CheckpointEngine(root) as engine:
+    async with CheckpointEngine(root) as engine:
         await engine.create("a")
         await engine.save({"w": torch.ones(1000)}, "model.pt")
         await engine.commit("a")
@@ -87,7 +89,7 @@ async def test_the_standard_librarys_zip_test_passes(root):
 
 async def test_safetensors_files_are_read_by_the_official_library(root):
     state = {"w": torch.randn(3, 4), "half": torch.ones(5, dtype=torch.bfloat16)}
-    async with aiockpt.CheckpointEngine(root, RING_8_MIB) as engine:
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
         await engine.save(state, "model.safetensors", metadata={"step": "7"})
         await engine.save({}, "empty.safetensors")
@@ -102,7 +104,7 @@ async def test_safetensors_files_are_read_by_the_official_library(root):
 
 async def test_a_tag_holds_many_files_at_nested_paths(root):
     paths = ["model.pt", "deep/er/optimizer.pt", "deep/rng.pt", "./plain.bin"]
-    async with aiockpt.CheckpointEngine(root, RING_8_MIB) as engine:
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
         for number, path in enumerate(paths):
             await engine.save({"n": torch.tensor(number)}, path)
@@ -117,7 +119,7 @@ async def test_a_tag_holds_many_files_at_nested_paths(root):
 
 
 async def test_save_goes_to_the_tag_created_last_unless_told(root):
-    async with aiockpt.CheckpointEngine(root, RING_8_MIB) as engine:
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
         await engine.create("b")
         to_last = await engine.save({"n": 1}, "f.pt")
@@ -137,7 +139,7 @@ async def test_tags_that_share_a_small_ring_do_not_mix(root):
         }
         for n in range(4)
     }
-    async with aiockpt.CheckpointEngine(root, RING_8_MIB) as engine:
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
         for tag, state in states.items():
             await engine.create(tag)
             await engine.save(state, "one.pt", tag=tag)
@@ -155,7 +157,7 @@ async def test_a_tag_is_created_while_earlier_ones_are_written_within_the_ring(
     root, monkeypatch
 ):
     state = {"w": torch.randn(6 * MIB)}
-    async with aiockpt.CheckpointEngine(root, RING_8_MIB) as engine:
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
         with held(monkeypatch, _LocalWriteFile, "_write") as gate:
             first = await engine.save(state, "model.pt")
@@ -173,8 +175,31 @@ async def test_a_tag_is_created_while_earlier_ones_are_written_within_the_ring(
             assert progress == events.Progress(planned, planned, planned)
 
 
+async def test_chunks_may_be_filled_in_any_order(root, monkeypatch):
+    original = host.HostStager.fill
+    filled: dict[int, asyncio.Event] = collections.defaultdict(asyncio.Event)
+
+    async def fill(stager: Any, lease: Any, chunk: Any, sources: Any) -> None:
+        await original(stager, lease, chunk, sources)
+        if chunk.index in (0, 2, 4):
+            await filled[chunk.index + 1].wait()
+        filled[chunk.index].set()
+
+    # Checksums stand in every chunk, so each needs those of the chunks before it.
+    state = {f"k{i}": torch.randn(10_000) for i in range(200)}
+    one_worker = RING_8_MIB | {"parser_threads": 1}
+    async with CheckpointEngine(root, one_worker) as engine:
+        await engine.create("a")
+        monkeypatch.setattr(host.HostStager, "fill", fill)
+        await engine.save(state, "model.pt")
+        await engine.commit("a")
+        assert same(await engine.load("model.pt"), state)
+    assert zipfile.ZipFile(root / "a" / "model.pt").testzip() is None
+    assert len(filled) > 6
+
+
 async def test_nothing_is_seen_before_commit_and_everything_after(root):
-    async with aiockpt.CheckpointEngine(root, RING_8_MIB) as engine:
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
         handle = await engine.save({"n": 1}, "model.pt")
         await handle.staged()
@@ -193,7 +218,7 @@ async def test_nothing_is_seen_before_commit_and_everything_after(root):
 
 async def test_the_root_is_made_by_the_first_create_with_its_parents(tmp_path):
     root = tmp_path / "not" / "yet" / "there"
-    async with aiockpt.CheckpointEngine(root) as engine:
+    async with CheckpointEngine(root) as engine:
         assert engine.root == str(root)
         assert await engine.latest() is None
         assert not root.exists()
@@ -205,7 +230,7 @@ async def test_the_root_is_made_by_the_first_create_with_its_parents(tmp_path):
 
 async def test_later_changes_of_python_values_are_not_seen(root):
     state = {"step": 1, "history": [1, 2], "nested": {"lr": 0.1}, "w": torch.ones(2)}
-    async with aiockpt.CheckpointEngine(root, RING_8_MIB) as engine:
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
         await engine.save(state, "model.pt")
         state["step"] = 2
@@ -221,9 +246,7 @@ async def test_later_changes_of_python_values_are_not_seen(root):
 
 async def test_observers_are_told_of_each_step_in_order(root):
     seen: list[events.Event] = []
-    async with aiockpt.CheckpointEngine(
-        root, RING_8_MIB, observers=[seen.append]
-    ) as engine:
+    async with CheckpointEngine(root, RING_8_MIB, observers=[seen.append]) as engine:
         await engine.create("a")
         await engine.save({"w": torch.ones(5 * MIB)}, "model.pt")
         report = await engine.commit("a")
@@ -244,7 +267,7 @@ async def test_a_failing_observer_is_logged_and_harms_nothing(root, caplog):
     def observer(event: events.Event) -> None:
         raise ValueError("observer")
 
-    async with aiockpt.CheckpointEngine(root, observers=[observer]) as engine:
+    async with CheckpointEngine(root, observers=[observer]) as engine:
         await engine.create("a")
         await engine.save({"n": 1}, "model.pt")
         await engine.commit("a")
@@ -253,7 +276,7 @@ async def test_a_failing_observer_is_logged_and_harms_nothing(root, caplog):
 
 
 async def test_a_report_counts_the_time_that_callers_were_held(root, monkeypatch):
-    async with aiockpt.CheckpointEngine(root, RING_8_MIB) as engine:
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
         await engine.save({"w": torch.ones(MIB)}, "model.pt")
         await engine.staged()

@@ -63,7 +63,9 @@ def test_an_unknown_key_is_refused_with_a_known_one(key, nearest):
         assert repr(nearest) in str(caught.value)
 
 
-@pytest.mark.parametrize("config", [5, "text", ["a"], {"aiockpt": 3}, {"aiockpt": None}])
+@pytest.mark.parametrize(
+    "config", [5, "text", ["a"], {"aiockpt": 3}, {"aiockpt": None}]
+)
 def test_what_is_no_mapping_is_refused(config):
     with pytest.raises(InvalidArgumentError):
         EngineConfig.parse(config)
@@ -102,7 +104,9 @@ def test_guard_is_true_or_false(guard):
         EngineConfig(guard=guard)
 
 
-@pytest.mark.parametrize("retention", [KeepLast(1), None, 3, "KeepLast", [5], [KeepLast]])
+@pytest.mark.parametrize(
+    "retention", [KeepLast(1), None, 3, "KeepLast", [5], [KeepLast]]
+)
 def test_retention_is_a_sequence_of_policies(retention):
     with pytest.raises(InvalidArgumentError, match="retention"):
         EngineConfig(retention=retention)

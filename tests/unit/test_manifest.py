@@ -27,7 +27,9 @@ TAG_DIR = "/data/runs/step-1"
 # Characters that file systems, URLs and pickled names trip over, and any others.
 NASTY = st.sampled_from("./\\\0\n\r \t~:*?\"'<>|%\x7f\x85\xa0\u2028\ud800é日😀aZ0-_")
 NAMES = st.text(NASTY | st.characters(), max_size=40)
-PATHS = st.lists(st.sampled_from(["..", ".", "", PRIVATE_DIR, "a"]) | NAMES).map("/".join)
+PATHS = st.lists(st.sampled_from(["..", ".", "", PRIVATE_DIR, "a"]) | NAMES).map(
+    "/".join
+)
 U63 = st.integers(min_value=0, max_value=2**63 - 1)
 
 
@@ -128,7 +130,9 @@ def test_foreign_bytes_are_never_a_manifest(data):
 def test_a_newer_format_says_so():
     newer = msgspec.structs.replace(some_manifest("a"), format_version=2)
 
-    with pytest.raises(CorruptCheckpointError, match=f"format 2 is not {FORMAT_VERSION}"):
+    with pytest.raises(
+        CorruptCheckpointError, match=f"format 2 is not {FORMAT_VERSION}"
+    ):
         decode(encode(newer), "m")
 
 
@@ -141,7 +145,8 @@ def test_an_unknown_field_is_refused():
 
 
 @pytest.mark.parametrize(
-    "path", ["../x", "/etc/passwd", "a/../../x", "", ".", "a//b", ".aiockpt/manifest.json"]
+    "path",
+    ["../x", "/etc/passwd", "a/../../x", "", ".", "a//b", ".aiockpt/manifest.json"],
 )
 def test_a_manifest_that_names_a_file_outside_its_tag_is_refused(path):
     with pytest.raises(CorruptCheckpointError, match="m:"):

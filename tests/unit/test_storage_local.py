@@ -72,11 +72,11 @@ async def write_file(
                 chunk = memory[offset : offset + CHUNK]
                 group.create_task(file.write(offset, chunk, nothing))
         await file.sync()
-        return file.is_direct
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
     finally:
         await file.close()
+    return file.is_direct
 
 
 def nothing() -> None:
@@ -227,9 +227,7 @@ class Patched:
         return getattr(self._module, name)
 
 
-async def test_a_write_of_nothing_is_an_error_and_no_endless_loop(
-    storage, monkeypatch
-):
+async def test_a_write_of_nothing_is_an_error_and_no_endless_loop(storage, monkeypatch):
     monkeypatch.setattr(local, "os", Patched(os, pwrite=lambda *_: 0))
 
     with pytest.raises(StorageError, match="wrote nothing"):
@@ -362,7 +360,10 @@ def test_a_small_file_of_which_nothing_can_be_written_fails(storage, monkeypatch
 
 @pytest.mark.parametrize("call", ["write", "fsync", "close"])
 def test_a_small_file_that_fails_is_not_left_behind(storage, place, call):
-    with tapped(fail_on(call, "f", errno.ENOSPC)), pytest.raises(StorageError) as caught:
+    with (
+        tapped(fail_on(call, "f", errno.ENOSPC)),
+        pytest.raises(StorageError) as caught,
+    ):
         storage.write_durable("f", b"text")
 
     assert (caught.value.errno, caught.value.filename) == (
@@ -441,7 +442,14 @@ def test_what_is_no_regular_file_is_refused_without_waiting(storage, place):
     (place / "link_dir").symlink_to(place)
     (place / "dangling").symlink_to(place / "nowhere")
 
-    for path in ("fifo", "directory", "link", "dangling", "link_dir/file", "file/below"):
+    for path in (
+        "fifo",
+        "directory",
+        "link",
+        "dangling",
+        "link_dir/file",
+        "file/below",
+    ):
         with pytest.raises(StorageError) as caught:
             storage.open_read(path)
         assert caught.value.filename == str(place / path)

@@ -339,27 +339,27 @@ async def test_a_cancelled_scope_does_not_spin_while_its_thread_runs(pool):
         run_once()
 
     entered = Gate()
+    spun: list[bool] = []
 
-    def work() -> bool:
+    def work() -> None:
         entered.pass_through()
-        return has_spun.wait(0.05)
+        spun.append(has_spun.wait(0.05))
+
+    async def interrupt() -> None:
+        await entered.reached()
+        scope.cancel()
+        loop._run_once = counted
+        entered.open()
 
     with anyio.CancelScope() as scope:
-        async with meanwhile(entered.reached, lambda: turned(entered.open)):
-            scope.cancel()
-            loop._run_once = counted
+        async with meanwhile(interrupt):
             try:
                 await run_blocking(pool, work)
             finally:
                 del loop._run_once
     assert scope.cancelled_caught
-    assert not has_spun.is_set()
+    assert spun == [False]
     assert num_turns < 50
-
-
-async def turned(act: Callable[[], object]) -> None:
-    await turns()
-    act()
 
 
 async def test_work_that_raises_stop_iteration_is_an_error_and_not_a_hang(pool):
@@ -572,9 +572,30 @@ def test_jobs_start_in_the_order_of_their_submission(pool):
 
 def test_jobs_that_follow_one_another_share_one_thread():
     pool = WorkerPool(4, "alone")
-    for _ in range(200):
+    for _ in range(20):
         pool.submit(int).result(LIMIT_S)
+        pool.submit(raise_, WorkError()).exception(LIMIT_S)
+        # Submitted at the very moment at which the other is done.
+        following: futures.Future[futures.Future[int]] = futures.Future()
+        pool.submit(int).add_done_callback(
+            lambda _, following=following: following.set_result(pool.submit(int))
+        )
+        following.result(LIMIT_S).result(LIMIT_S)
     assert len(threads_named("alone")) == 1
+    pool.shutdown()
+
+
+def test_a_thread_is_free_for_others_after_a_job_that_was_withdrawn():
+    pool = WorkerPool(2, "free")
+    jobs = [Job(), Job()]
+    running = [pool.submit(job) for job in jobs]
+    for _ in range(3):
+        pool.submit(int).cancel()
+    for job in jobs:
+        job.gate.open()
+    futures.wait(running, LIMIT_S)
+    pool.submit(int).result(LIMIT_S)
+    assert pool._num_unfinished == 0
     pool.shutdown()
 
 
@@ -933,9 +954,9 @@ async def test_a_call_cancelled_before_its_first_step_never_begins(
     assert begun == []
 
 
-async def test_a_call_cancelled_before_the_loop_has_begun_never_begins(
-    monkeypatch, reported
-):
+@pytest.fixture
+def held_runner(monkeypatch) -> Iterator[Gate]:
+    """A loop thread that is made now stands at the gate before its loop begins."""
     gate = Gate()
     runner = asyncio.Runner
 
@@ -944,26 +965,42 @@ async def test_a_call_cancelled_before_the_loop_has_begun_never_begins(
         return runner(**kwargs)
 
     monkeypatch.setattr(aiockpt.threads.asyncio, "Runner", late_runner)
-    thread = LoopThread("late", lambda: None)
+    yield gate
+    gate.open()
+
+
+async def test_a_call_cancelled_before_the_loop_has_begun_never_begins(
+    held_runner, loop_thread, reported
+):
     begun: list[str] = []
 
     async def work() -> None:
         begun.append("work")
 
-    task = asyncio.create_task(thread.spawn(work()).wait())
-    other = thread.spawn(give(5))
+    task = asyncio.create_task(loop_thread.spawn(work()).wait())
+    other = loop_thread.spawn(give(5))
     await turns()
     task.cancel()
     await turns()
-    gate.open()
-    monkeypatch.undo()
+    held_runner.open()
     _, waiting = await asyncio.wait([task], timeout=LIMIT_S)
     assert not waiting
     assert task.cancelled()
     assert begun == []
     assert await other.wait() == 5
-    thread.stop()
-    await thread.ended()
+
+
+async def test_a_call_made_before_the_loop_has_begun_is_not_kept(
+    held_runner, loop_thread, no_cycle_collector
+):
+    tensor = Tensor()
+    alive = weakref.ref(tensor)
+    call = loop_thread.spawn(give(tensor))
+    held_runner.open()
+    assert await call.wait() is tensor
+    await loop_thread.spawn(asyncio.sleep(0)).wait()
+    del call, tensor
+    assert alive() is None
 
 
 async def test_a_cancellation_that_comes_with_the_calls_result_is_raised(loop_thread):
@@ -993,18 +1030,17 @@ async def test_a_call_tells_when_it_has_ended(loop_thread):
     assert await told is call
 
 
-def interrupt_main_in(name: str) -> None:
-    """Sends Ctrl-C once the main thread waits inside the function `name`."""
+def wait_until_main_waits_in(name: str) -> None:
+    """Returns once the main thread waits inside a function of that name."""
     main = threading.main_thread().ident
     assert main is not None
     while True:
         frame: types.FrameType | None = sys._current_frames()[main]
-        names = []
+        calls = set()
         while frame is not None:
-            names.append(frame.f_code.co_name)
+            calls.add(frame.f_code.co_name)
             frame = frame.f_back
-        if name in names and "wait" in names:
-            signal.pthread_kill(main, signal.SIGINT)
+        if {"wait", name} <= calls:
             return
 
 
@@ -1013,10 +1049,17 @@ def test_ctrl_c_cancels_what_is_waited_for_and_waits_until_it_is_undone(
     loop_thread, end
 ):
     undone = Undone()
-    loop_thread.run_soon(undone.may_end.set)
     call = loop_thread.spawn(undone.run(end))
+
+    def press() -> None:
+        wait_until_main_waits_in("result")
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        undone.undoing.wait_reached()
+        wait_until_main_waits_in("result")
+        loop_thread.run_soon(undone.may_end.set)
+
     undone.began.wait_reached()
-    ctrl_c = in_thread(lambda: interrupt_main_in("result"))
+    ctrl_c = in_thread(press)
     with pytest.raises(KeyboardInterrupt) as interrupted:
         call.result()
     ctrl_c.result(LIMIT_S)
