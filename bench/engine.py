@@ -18,6 +18,7 @@ import tempfile
 import threading
 from pathlib import Path
 from time import perf_counter
+from typing import Self
 
 import torch
 
@@ -244,7 +245,9 @@ async def memory(directory: Path, arguments: argparse.Namespace) -> None:
                 await engine.save(state, "model.pt")
                 await engine.commit(f"t{repeat}")
     report("peak above the trainer", [(peak.most - before) / MIB], "MiB")
-    report("ru_maxrss", [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024], "MiB")
+    report(
+        "ru_maxrss", [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024], "MiB"
+    )
 
 
 class Peak:
@@ -266,7 +269,7 @@ class Peak:
         while not self._stop.wait(0.002):
             self.most = max(self.most, self.now())
 
-    def __enter__(self) -> "Peak":
+    def __enter__(self) -> Self:
         """Starts sampling."""
         self._thread.start()
         return self

@@ -174,7 +174,7 @@ def test_a_leaked_temporary_directory_is_named(before, tmp_path):
 async def test_a_leaked_task_is_named():
     gate = asyncio.Event()
     before = asyncio.all_tasks()
-    task = asyncio.create_task(gate.wait(), name="left-behind")  # noqa: TID251 - loose
+    task = asyncio.create_task(gate.wait(), name="left-behind")
     leaked = await pending_tasks_since(before, grace_s=0.01)
     gate.set()
     await task

@@ -80,4 +80,4 @@ extras = {"deepspeed", "safetensors", "uvloop", "lightning", "transformers"}
 assert not extras & set(sys.modules), extras & set(sys.modules)
 """
     command = [sys.executable, "-W", "error", "-c", program]
-    subprocess.run(command, check=True, cwd=ROOT)  # noqa: S603 - our own program
+    subprocess.run(command, check=True, cwd=ROOT)

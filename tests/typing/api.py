@@ -1,70 +1,94 @@
 """The public types as a user's type checker meets them; checked, never run."""
 
-from typing import assert_type
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, assert_type
 
 import torch
 
 import aiockpt
 import aiockpt.sync
-from aiockpt.events import Event, Progress
+from aiockpt import CommitReport, EngineConfig, KeepEvery, KeepLast, TagInfo
+from aiockpt.errors import CheckpointError, PeerError, StorageError
+from aiockpt.events import Event, Failed, Progress, Published
 
 
-def settings() -> aiockpt.EngineConfig:
+def settings() -> EngineConfig:
     """A configuration is made by keyword, or from a mapping."""
-    assert_type(
-        aiockpt.EngineConfig.parse({"host_cache_size": 2}), aiockpt.EngineConfig
-    )
-    return aiockpt.EngineConfig(
-        host_cache_size=0.5,
-        parser_threads=2,
-        retention=[aiockpt.KeepLast(3), aiockpt.KeepEvery(1000)],
+    assert_type(EngineConfig.parse({"host_cache_size": 2}), EngineConfig)
+    return EngineConfig(
+        host_cache_size=0.5, parser_threads=2, retention=[KeepLast(3), KeepEvery(10)]
     )
 
 
-def observe(event: Event) -> None:
-    """An observer takes any event."""
-    del event
+def remedy(error: CheckpointError) -> str:
+    """An error tells by its class and attributes what to do about it."""
+    match error:
+        case PeerError():
+            assert_type(error.rank, int | None)
+            return f"look at rank {error.rank}"
+        case StorageError():
+            assert_type(error.errno, int | None)
+            return f"repair {error.filename}"
+        case _:
+            return "save again"
 
 
-async def train(model: torch.nn.Module) -> None:
-    """The life of a tag through the door for coroutines."""
+def observer(event: Event) -> None:
+    """An observer is any callable that takes an event."""
+    if isinstance(event, Published):
+        assert_type(event.report, CommitReport)
+    elif isinstance(event, Failed):
+        assert_type(event.error, BaseException)
+    else:
+        assert_type(event.nbytes, int)
+
+
+async def awaiting(root: Path, state: dict[str, torch.Tensor]) -> None:
+    """The engine of coroutines, every method of it."""
     async with aiockpt.CheckpointEngine(
-        "root", settings(), observers=[observe]
+        root, {"host_cache_size": 2}, observers=[observer]
     ) as engine:
         assert_type(engine, aiockpt.CheckpointEngine)
-        await engine.create("step-1")
-        handle = await engine.save(model.state_dict(), "model.pt")
+        await engine.create("step-1", overwrite=True)
+        handle = await engine.save(state, "model.pt", tag="step-1")
         assert_type(handle, aiockpt.SaveHandle)
         assert_type(handle.progress, Progress)
         await handle.staged()
-        report = await engine.commit("step-1")
-        assert_type(report, aiockpt.CommitReport)
-        assert_type(report.nbytes, int)
+        await handle.written()
+        await engine.staged()
+        engine.wait_staged()
+        assert_type(await engine.commit("step-1"), CommitReport)
         assert_type(await engine.latest(), str | None)
-        assert_type(await engine.tags(), list[aiockpt.TagInfo])
-        model.load_state_dict(await engine.load("model.pt", "cpu", tag="step-1"))
+        assert_type(await engine.tags(), list[TagInfo])
+        assert_type(await engine.sweep(), list[str])
+        assert_type(await engine.load("model.pt", "cpu", keys=["w"]), Any)
+        assert_type(engine.ring_bytes, tuple[int, int])
+        await engine.abort("step-2")
+        await engine.delete("step-1")
+    await engine.aclose()
 
 
-def train_without_a_loop(model: torch.nn.Module) -> None:
-    """The same methods through the door that blocks."""
-    with aiockpt.sync.CheckpointEngine("root", {"parser_threads": 2}) as engine:
+def blocking(root: str, states: Sequence[object]) -> None:
+    """The blocking engine: the same names, the same types."""
+    with aiockpt.sync.CheckpointEngine(root, EngineConfig()) as engine:
+        assert_type(engine, aiockpt.sync.CheckpointEngine)
         engine.create("step-1")
-        handle = engine.save(model.state_dict(), "model.pt")
+        handle = engine.save(states, Path("model.pt"))
         assert_type(handle, aiockpt.sync.SaveHandle)
-        assert_type(engine.commit("step-1"), aiockpt.CommitReport)
+        handle.staged()
+        handle.written()
+        engine.staged("step-1")
+        assert_type(engine.commit("step-1"), CommitReport)
+        assert_type(engine.latest(), str | None)
+        assert_type(engine.tags(), list[TagInfo])
+        assert_type(engine.load("model.pt", into=states), Any)
+    engine.close()
 
 
-def remedy(error: aiockpt.CheckpointError) -> str:
-    """An error tells by its class and attributes what to do about it."""
-    match error:
-        case aiockpt.PeerError():
-            assert_type(error.rank, int | None)
-            return f"look at rank {error.rank}"
-        case aiockpt.StorageError():
-            assert_type(error.errno, int | None)
-            return f"repair {error.filename}"
-        case aiockpt.CorruptCheckpointError():
-            assert_type(error.key, str | None)
-            return "load another tag"
-        case _:
-            return "save again"
+async def one_file(path: Path, state: object) -> None:
+    """One file in, one file out, by either door."""
+    await aiockpt.save(state, path)
+    assert_type(await aiockpt.load(path, mmap=True), Any)
+    aiockpt.sync.save(state, str(path), metadata={"step": "7"})
+    assert_type(aiockpt.sync.load(path), Any)
