@@ -90,7 +90,8 @@ class Ring:
 
         If cancelled: nothing is leased.
         """
-        if self._free and not self._waiters:
+        # Where a chunk is free, nobody waits: `_pass_on` sees to that.
+        if self._free:
             return self._grant(heapq.heappop(self._free))
         waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)

@@ -304,14 +304,12 @@ class Call(Generic[T]):
 
     async def _run(self) -> None:
         self._task = asyncio.current_task()
-        work, outcome = self._work, self._outcome
-        # Neither side may keep the other's arguments and locals alive.
-        del self._work
+        outcome = self._outcome
         try:
             if self._is_cancelled:
-                work.close()
+                self._work.close()
                 raise asyncio.CancelledError  # noqa: TRY301 - it ends as any other
-            result = await work
+            result = await self._work
         except asyncio.CancelledError:
             outcome.cancel()
             outcome.set_running_or_notify_cancel()

@@ -126,11 +126,14 @@ class Storage(Protocol):
         ...
 
     def write_durable(self, path: str, data: bytes) -> None:
-        """Makes a new small file and syncs it (not its directory)."""
+        """Makes a new small file and syncs it (not its directory), or makes none."""
         ...
 
     def make_dirs(self, path: str) -> list[str]:
-        """Makes a directory and its missing parents; the list of those made."""
+        """Makes a directory and its missing parents; the list of those made.
+
+        A root that was missing is durable afterwards; `sync_dir` is for the others.
+        """
         ...
 
     def list_dir(self, path: str) -> list[str]:

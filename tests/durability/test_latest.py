@@ -225,6 +225,7 @@ def test_a_sweep_finishes_the_pointer_of_a_tag_that_was_published(catalog, root)
 
 
 def test_the_next_commit_comes_after_a_pointer_that_was_half_done(catalog, root):
+    catalog.open_work()
     with catalog_at(root) as dead:
         half_publish(dead, root, "three")
 

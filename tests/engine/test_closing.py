@@ -110,3 +110,39 @@ async def test_a_tag_that_is_being_created_while_closing_leaves_nothing(
             await turns()
     assert "'late'" in str(closing.result())
     assert list((root / ".aiockpt" / "work").iterdir()) == []
+
+
+async def test_an_abort_that_comes_while_publishing_is_too_late_and_says_so(
+    root, monkeypatch
+):
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
+        await engine.create("a")
+        await engine.save(STATE, "model.pt")
+        async with asyncio.TaskGroup() as group:
+            with held(monkeypatch, Catalog, "publish") as gate:
+                commit = group.create_task(engine.commit("a"))
+                await gate.reached()
+                aborting = group.create_task(quietly(engine.abort("a")))
+                await turns()
+                for _ in range(5):
+                    await engine.latest()  # turns of the engine's loop
+                assert not aborting.done()
+        assert "'a' has been published already" in str(aborting.result())
+        assert commit.result().tag == await engine.latest() == "a"
+        assert torch.equal((await engine.load("model.pt"))["w"], STATE["w"])
+
+
+async def test_an_abort_ends_a_commit_that_waits_for_files(root, monkeypatch):
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
+        await engine.create("a")
+        async with asyncio.TaskGroup() as group:
+            with held(monkeypatch, _LocalWriteFile, "_write") as gate:
+                await engine.save(STATE, "model.pt")
+                commit = group.create_task(quietly(engine.commit("a")))
+                await gate.reached()
+                group.create_task(engine.abort("a"))
+                await turns()
+        assert "'a' was aborted" in str(commit.result())
+        assert await engine.tags() == []
+        await engine.create("a")
+        await engine.abort("a")

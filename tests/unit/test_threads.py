@@ -436,11 +436,14 @@ async def test_outlast_passes_on_the_end_of_what_was_cancelled_by_others():
 class Tensor:
     """Stands for memory that must go when the last who needs it has gone."""
 
+    def __init__(self) -> None:
+        self.was_freed = freed = threading.Event()
+        weakref.finalize(self, freed.set)
+
 
 @pytest.fixture
 def no_cycle_collector() -> Iterator[None]:
     """Only reference counts free what is made here."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()
@@ -471,70 +474,56 @@ async def call_waited(pool: WorkerPool, thread: LoopThread, tensor: Tensor) -> N
 async def test_an_error_that_was_dropped_keeps_nothing_alive(
     call, pool, loop_thread, no_cycle_collector
 ):
-    alive: weakref.ref[Tensor] | None = None
-
-    async def use() -> None:
-        nonlocal alive
+    async def use() -> threading.Event:
         tensor = Tensor()
-        alive = weakref.ref(tensor)
         with contextlib.suppress(WorkError):
             await call(pool, loop_thread, tensor)
+        return tensor.was_freed
 
-    await use()
-    # Both threads have let go of it once they have done something else.
-    await run_blocking(pool, int)
-    await loop_thread.spawn(asyncio.sleep(0)).wait()
-    assert alive is not None
-    assert alive() is None
+    was_freed = await use()
+    assert was_freed.wait(LIMIT_S)
 
 
 def test_an_error_that_a_blocked_caller_dropped_keeps_nothing_alive(
     loop_thread, no_cycle_collector
 ):
     tensor = Tensor()
-    alive = weakref.ref(tensor)
-    call = loop_thread.spawn(fail_later_with(tensor))
-    del tensor
+    was_freed = tensor.was_freed
     with contextlib.suppress(WorkError):
-        call.result()
-    del call
-    loop_thread.spawn(asyncio.sleep(0)).result()
-    assert alive() is None
+        loop_thread.spawn(fail_later_with(tensor)).result()
+    del tensor
+    assert was_freed.wait(LIMIT_S)
 
 
 async def test_a_cancellation_that_was_dropped_keeps_nothing_alive(
     pool, no_cycle_collector
 ):
     job = Job()
-    tensor = Tensor()
-    alive = weakref.ref(tensor)
 
     def work(_: Tensor) -> None:
         job()
 
-    async def use(tensor: Tensor) -> None:
+    async def use(tensor: Tensor) -> threading.Event:
         with contextlib.suppress(asyncio.CancelledError):
             await run_blocking(pool, work, tensor)
+        return tensor.was_freed
 
-    task = asyncio.create_task(use(tensor))
-    del tensor
+    task = asyncio.create_task(use(Tensor()))
     await job.gate.reached()
     task.cancel()
     await turns()
     job.gate.open()
-    await task
-    await run_blocking(pool, int)
+    was_freed = await task
     del task
-    assert alive() is None
+    assert was_freed.wait(LIMIT_S)
 
 
 async def test_an_idle_worker_keeps_nothing_of_its_last_job(pool, no_cycle_collector):
     tensor = Tensor()
-    alive = weakref.ref(tensor)
+    was_freed = tensor.was_freed
     await run_blocking(pool, id, tensor)
     del tensor
-    await run_blocking(pool, int)
-    assert alive() is None
+    assert was_freed.wait(LIMIT_S)
 
 
 async def test_a_call_keeps_nothing_of_its_coroutine(loop_thread, no_cycle_collector):
@@ -542,12 +531,11 @@ async def test_a_call_keeps_nothing_of_its_coroutine(loop_thread, no_cycle_colle
         await asyncio.sleep(0)
 
     tensor = Tensor()
-    alive = weakref.ref(tensor)
+    was_freed = tensor.was_freed
     call = loop_thread.spawn(use(tensor))
     del tensor
     await call.wait()
-    await loop_thread.spawn(asyncio.sleep(0)).wait()
-    assert alive() is None
+    assert was_freed.wait(LIMIT_S)
 
 
 # --- worker pools ---------------------------------------------------------------------
@@ -994,13 +982,12 @@ async def test_a_call_made_before_the_loop_has_begun_is_not_kept(
     held_runner, loop_thread, no_cycle_collector
 ):
     tensor = Tensor()
-    alive = weakref.ref(tensor)
+    was_freed = tensor.was_freed
     call = loop_thread.spawn(give(tensor))
     held_runner.open()
     assert await call.wait() is tensor
-    await loop_thread.spawn(asyncio.sleep(0)).wait()
     del call, tensor
-    assert alive() is None
+    assert was_freed.wait(LIMIT_S)
 
 
 async def test_a_cancellation_that_comes_with_the_calls_result_is_raised(loop_thread):
@@ -1017,9 +1004,12 @@ async def test_a_cancellation_that_comes_with_the_calls_result_is_raised(loop_th
 
 async def test_a_caller_can_wait_under_any_loop(loop_thread):
     for _ in range(3):
-        assert in_thread(
-            lambda: asyncio.run(loop_thread.spawn(give(4)).wait())
-        ).result(LIMIT_S) == 4
+        assert (
+            in_thread(lambda: asyncio.run(loop_thread.spawn(give(4)).wait())).result(
+                LIMIT_S
+            )
+            == 4
+        )
 
 
 async def test_a_call_tells_when_it_has_ended(loop_thread):
@@ -1030,40 +1020,31 @@ async def test_a_call_tells_when_it_has_ended(loop_thread):
     assert await told is call
 
 
-def wait_until_main_waits_in(name: str) -> None:
-    """Returns once the main thread waits inside a function of that name."""
-    main = threading.main_thread().ident
-    assert main is not None
-    while True:
-        frame: types.FrameType | None = sys._current_frames()[main]
-        calls = set()
-        while frame is not None:
-            calls.add(frame.f_code.co_name)
-            frame = frame.f_back
-        if {"wait", name} <= calls:
-            return
-
-
 @pytest.mark.parametrize("end", [reraise, complete, fail])
 def test_ctrl_c_cancels_what_is_waited_for_and_waits_until_it_is_undone(
-    loop_thread, end
+    loop_thread, end, monkeypatch
 ):
     undone = Undone()
     call = loop_thread.spawn(undone.run(end))
-
-    def press() -> None:
-        wait_until_main_waits_in("result")
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        undone.undoing.wait_reached()
-        wait_until_main_waits_in("result")
-        loop_thread.run_soon(undone.may_end.set)
-
     undone.began.wait_reached()
-    ctrl_c = in_thread(press)
-    with pytest.raises(KeyboardInterrupt) as interrupted:
-        call.result()
-    ctrl_c.result(LIMIT_S)
-    assert undone.has_ended
+    outcome = call._outcome.exception
+
+    def waits_again(timeout: float | None = None) -> object:
+        loop_thread.run_soon(undone.may_end.set)
+        return outcome(timeout)
+
+    def waits(timeout: float | None = None) -> object:
+        monkeypatch.setattr(call._outcome, "exception", waits_again)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError
+
+    monkeypatch.setattr(call._outcome, "exception", waits)
+    try:
+        with pytest.raises(KeyboardInterrupt) as interrupted:
+            call.result()
+        assert undone.has_ended
+    finally:
+        loop_thread.run_soon(undone.may_end.set)
     notes = getattr(interrupted.value, "__notes__", [])
     completed = ["the operation completed before the cancellation"]
     assert notes == (completed if end is complete else [])
