@@ -1,4 +1,4 @@
-"""The tags of a root: publishing, finding, deleting them, and sweeping what died.
+"""Changing the tags of a root: publishing, deleting, and sweeping what died.
 
     ROOT/TAG/...files, ROOT/TAG/.aiockpt/manifest.json    a published tag
     ROOT/latest                                           the tag to resume from
@@ -14,7 +14,6 @@ directory is the one commit point. Everything here blocks: call it in a worker.
 __all__ = ["Catalog"]
 
 import contextlib
-import errno
 import logging
 import os
 import secrets
@@ -23,11 +22,9 @@ from collections.abc import Generator, Sequence
 from importlib import metadata
 
 import torch
+from typing_extensions import override
 
 from aiockpt.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
     EngineStateError,
     InvalidArgumentError,
     StorageError,
@@ -37,38 +34,28 @@ from aiockpt.manifest import (
     PRIVATE_DIR,
     FileEntry,
     Manifest,
-    TagInfo,
-    check_path,
     check_tag,
-    decode,
     encode,
 )
-from aiockpt.storage.base import Lock, ReadFile, Storage
+from aiockpt.storage.base import Lock, Storage
+from aiockpt.tag_reader import LATEST, TagReader
 
 _logger = logging.getLogger(__name__)
 
 _WORK_DIR = f"{PRIVATE_DIR}/work"
 _ROOT_LOCK = f"{PRIVATE_DIR}/lock"
-_LATEST = "latest"
-_PENDING = "latest."
-# A manifest takes about 100 bytes a file; a tag name less than 256.
-_MAX_MANIFEST_BYTES = 1 << 30
-_MAX_LATEST_BYTES = 4096
-# Each retry needs one more overwrite to come in between.
-_MAX_RETRIES = 100
-# A link, a directory, a device or a huge file where a small file should be.
-_WRONG_KIND = {errno.ELOOP, errno.ENOTDIR, errno.EINVAL, errno.ENXIO, errno.EFBIG}
+_PENDING = f"{LATEST}."
 
 
-class Catalog:
-    """The tags of one root, as one engine sees and changes them.
+class Catalog(TagReader):
+    """The tags of one root, as one engine changes them.
 
     Reading needs nothing; `open_work` must come before any change.
     """
 
     def __init__(self, storage: Storage) -> None:
         """Touches nothing yet."""
-        self._storage = storage
+        super().__init__(storage)
         self._engine = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(4)}"
         self._lock: Lock | None = None
         self._num_made = 0
@@ -173,9 +160,6 @@ class Catalog:
             message = f"{full!r} exists and is not a tag: choose another, or move it"
             raise InvalidArgumentError(message)
 
-    def _is_published(self, tag: str) -> bool:
-        return self._storage.exists(f"{tag}/{MANIFEST_PATH}")
-
     def publish(  # noqa: PLR0913 - the parts of a manifest
         self,
         tag: str,
@@ -202,7 +186,7 @@ class Catalog:
         with self._changing_tags():
             # What a dead engine published last comes before this, for good.
             self._settle_latest()
-            before = self._read_pointer(_LATEST)
+            before = self._read_pointer(LATEST)
             manifest = Manifest(
                 tag=tag,
                 attempt=attempt,
@@ -225,7 +209,7 @@ class Catalog:
                 raise
             try:
                 storage.sync_dir("")
-                storage.replace(pending, _LATEST)
+                storage.replace(pending, LATEST)
                 storage.sync_dir("")
             except BaseException:
                 # Not known to be durable: hidden again before anyone is told of it.
@@ -256,7 +240,7 @@ class Catalog:
             if self._storage.exists(pending):
                 self._storage.remove(pending)
             elif before is None:
-                self._storage.remove(_LATEST)
+                self._storage.remove(LATEST)
             else:
                 self._point_latest(before.tag)
         except StorageError:
@@ -271,84 +255,17 @@ class Catalog:
             if lock is not None:
                 lock.release()
 
-    # --- finding -------------------------------------------------------------
+    # --- the latest ----------------------------------------------------------
 
-    def manifest(self, tag: str) -> Manifest:
-        """The manifest of a published tag.
-
-        Raises:
-            CheckpointNotFoundError: No such tag; the message lists those there are.
-            CorruptCheckpointError: There is one, and it is not as it was written.
-        """
-        path = f"{check_tag(tag)}/{MANIFEST_PATH}"
-        try:
-            data = self._read_manifest(tag, path)
-        except CheckpointNotFoundError as error:
-            known = ", ".join(info.tag for info in self.tags()) or "none"
-            message = f"no tag {tag!r} in {self._storage.root!r}; published: {known}"
-            raise CheckpointNotFoundError(message) from error
-        manifest = decode(data, f"{self._storage.root}/{path}")
-        if manifest.tag != tag:
-            message = f"{path}: the manifest is of tag {manifest.tag!r}"
-            raise CorruptCheckpointError(message, path=path)
-        return manifest
-
-    def _read_manifest(self, tag: str, path: str) -> bytes:
-        for _ in range(_MAX_RETRIES):
-            try:
-                return self._storage.read_bytes(path, _MAX_MANIFEST_BYTES)
-            except CheckpointNotFoundError:
-                if not self._is_published(tag):
-                    raise
-                # Overwritten, and the old one removed, on the way to the file.
-        return self._storage.read_bytes(path, _MAX_MANIFEST_BYTES)
-
-    def tags(self) -> list[TagInfo]:
-        """Every published tag, oldest first. A broken one is logged and left out."""
-        return [TagInfo.of(manifest) for manifest in self._manifests(is_tolerant=True)]
-
-    def _manifests(self, *, is_tolerant: bool) -> list[Manifest]:
-        """The manifests of all tags, oldest first; broken ones are left out.
-
-        Raises:
-            StorageError: The file system refused to show one; with `is_tolerant`,
-                that one is left out, too.
-        """
-        found: list[Manifest] = []
-        for name in self._storage.list_dir(""):
-            try:
-                if name.startswith(".") or not self._is_published(check_tag(name)):
-                    continue
-                found.append(self.manifest(name))
-            except (InvalidArgumentError, CheckpointNotFoundError):
-                # A foreign directory, or a tag deleted while we looked.
-                continue
-            except (CorruptCheckpointError, StorageError) as error:
-                if not (is_tolerant or _is_about_content(error)):
-                    raise
-                _logger.warning("tag %s is left out: %s", name, error)
-        return sorted(found, key=lambda manifest: manifest.published_ns)
-
-    def latest(self) -> str | None:
-        """The tag to resume from; None where nothing is published.
-
-        A pointer that is missing, torn or dangling is repaired from the manifests.
-
-        Raises:
-            StorageError: The file system refused to show the pointer or a manifest.
-                Because of that, an older tag must not be taken for the latest.
-        """
-        manifest = self._latest()
-        return manifest.tag if manifest is not None else None
-
+    @override
     def _latest(self) -> Manifest | None:
-        manifest = self._read_pointer(_LATEST)
+        manifest = self._read_pointer(LATEST)
         if manifest is not None or (newest := self._newest()) is None:
             return manifest
         try:
             with self._changing_tags():
                 # Somebody may have repaired it, published or deleted meanwhile.
-                manifest = self._read_pointer(_LATEST)
+                manifest = self._read_pointer(LATEST)
                 if manifest is None and (newest := self._newest()) is not None:
                     self._point_latest(newest.tag)
         except StorageError as error:
@@ -358,94 +275,11 @@ class Catalog:
             _logger.warning(message, self._storage.root, newest.tag)
         return manifest or newest
 
-    def _newest(self) -> Manifest | None:
-        """The tag that was published last, by the manifests."""
-        manifests = self._manifests(is_tolerant=False)
-        return manifests[-1] if manifests else None
-
-    def open_file(
-        self, path: str | os.PathLike[str], tag: str | None
-    ) -> tuple[ReadFile, FileEntry]:
-        """Opens a file of a published tag (by default the latest) for reading.
-
-        Returns:
-            The file, and what the manifest says of it.
-
-        An absolute path inside a tag's directory names the tag by itself.
-
-        Raises:
-            CheckpointNotFoundError: No such tag or file; the message lists what is.
-            CorruptCheckpointError: Its length is not that of the manifest.
-        """
-        root = self._storage.root
-        text: object = os.fspath(path) if isinstance(path, os.PathLike) else path
-        if tag is None and isinstance(text, str) and text.startswith(f"{root}/"):
-            tag, _, text = text.removeprefix(f"{root}/").partition("/")
-        while True:
-            manifest = self.manifest(tag) if tag is not None else self._latest()
-            if manifest is None:
-                raise CheckpointNotFoundError(f"nothing is published in {root!r}")
-            relative = check_path(text, [f"{root}/{manifest.tag}"])
-            try:
-                file, entry = self._open_entry(manifest, relative)
-            except (CheckpointNotFoundError, CorruptCheckpointError):
-                if self._is_current(manifest):
-                    raise
-                continue
-            with contextlib.ExitStack() as stack:
-                stack.callback(file.close)
-                # Opened between two equal looks, it is the manifest's file; else the
-                # tag was overwritten, or deleted, in between.
-                if self._is_current(manifest):
-                    stack.pop_all()
-                    return file, entry
-
-    def _is_current(self, manifest: Manifest) -> bool:
-        try:
-            return self.manifest(manifest.tag).attempt == manifest.attempt
-        except CheckpointNotFoundError:
-            return False
-
-    def _open_entry(
-        self, manifest: Manifest, relative: str
-    ) -> tuple[ReadFile, FileEntry]:
-        tag = manifest.tag
-        entries = {entry.path: entry for entry in manifest.files}
-        if relative not in entries:
-            known = ", ".join(map(repr, entries))
-            message = f"tag {tag!r} has no file {relative!r}; it has {known}"
-            raise CheckpointNotFoundError(message)
-        entry = entries[relative]
-        file = self._storage.open_read(f"{tag}/{relative}")
-        if file.nbytes != entry.nbytes:
-            file.close()
-            message = f"{file.path}: {file.nbytes} bytes, not {entry.nbytes} as written"
-            raise CorruptCheckpointError(
-                message, path=file.path, offset=min(file.nbytes, entry.nbytes)
-            )
-        return file, entry
-
-    def _read_pointer(self, path: str) -> Manifest | None:
-        """The tag that a pointer file names; None unless that is a published one.
-
-        Raises:
-            StorageError: The file system refused to say.
-        """
-        try:
-            data = self._storage.read_bytes(path, _MAX_LATEST_BYTES)
-            return self.manifest(check_tag(data.decode().strip()))
-        except UnicodeDecodeError:
-            return None
-        except CheckpointError as error:
-            if not _is_about_content(error):
-                raise
-            return None
-
     def _point_latest(self, tag: str) -> None:
         pending = f"{PRIVATE_DIR}/{_PENDING}{secrets.token_hex(8)}"
         self._storage.write_durable(pending, f"{tag}\n".encode())
         try:
-            self._storage.replace(pending, _LATEST)
+            self._storage.replace(pending, LATEST)
         except BaseException:
             self._storage.remove(pending)
             raise
@@ -460,7 +294,7 @@ class Catalog:
             pending = f"{PRIVATE_DIR}/{name}"
             manifest = self._read_pointer(pending)
             if manifest and manifest.attempt == name.removeprefix(_PENDING):
-                storage.replace(pending, _LATEST)
+                storage.replace(pending, LATEST)
                 storage.sync_dir("")
             else:
                 storage.remove(pending)
@@ -480,7 +314,7 @@ class Catalog:
         with self._changing_tags():
             if not self._is_published(check_tag(tag)):
                 self.manifest(tag)
-            latest = self._read_pointer(_LATEST)
+            latest = self._read_pointer(LATEST)
             self._storage.rename_dir(tag, directory)
             self._storage.sync_dir("")
             if latest is not None and latest.tag == tag:
@@ -492,13 +326,8 @@ class Catalog:
         if newest is not None:
             self._point_latest(newest.tag)
         else:
-            self._storage.remove(_LATEST)
+            self._storage.remove(LATEST)
             self._storage.sync_dir("")
-
-
-def _is_about_content(error: CheckpointError) -> bool:
-    """Whether what stands there is wrong, not the way to it."""
-    return not isinstance(error, StorageError) or error.errno in _WRONG_KIND
 
 
 def _next_ns(last_ns: int) -> int:

@@ -1,0 +1,215 @@
+"""Reading the tags of a root: which there are, which is the latest, their files.
+
+A tag exists if and only if its manifest can be read. Nothing here changes a file,
+so it needs no lock: what others change meanwhile is looked at again. Everything
+blocks: call it in a worker.
+"""
+
+__all__ = ["LATEST", "TagReader"]
+
+import contextlib
+import errno
+import logging
+import os
+from typing import Final
+
+from aiockpt.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    InvalidArgumentError,
+    StorageError,
+)
+from aiockpt.manifest import (
+    MANIFEST_PATH,
+    FileEntry,
+    Manifest,
+    TagInfo,
+    check_path,
+    check_tag,
+    decode,
+)
+from aiockpt.storage.base import ReadFile, Storage
+
+_logger = logging.getLogger(__name__)
+
+# The pointer file: the tag to resume from, as text.
+LATEST: Final = "latest"
+
+# A manifest takes about 100 bytes a file; a tag name less than 256.
+_MAX_MANIFEST_BYTES = 1 << 30
+_MAX_LATEST_BYTES = 4096
+# Each retry needs one more overwrite to come in between.
+_MAX_RETRIES = 100
+# A link, a directory, a device or a huge file where a small file should be.
+_WRONG_KIND = {errno.ELOOP, errno.ENOTDIR, errno.EINVAL, errno.ENXIO, errno.EFBIG}
+
+
+class TagReader:
+    """The published tags of one root."""
+
+    def __init__(self, storage: Storage) -> None:
+        """Touches nothing yet."""
+        self._storage = storage
+
+    def manifest(self, tag: str) -> Manifest:
+        """The manifest of a published tag.
+
+        Raises:
+            CheckpointNotFoundError: No such tag; the message lists those there are.
+            CorruptCheckpointError: There is one, and it is not as it was written.
+        """
+        path = f"{check_tag(tag)}/{MANIFEST_PATH}"
+        try:
+            data = self._read_manifest(tag, path)
+        except CheckpointNotFoundError as error:
+            known = ", ".join(info.tag for info in self.tags()) or "none"
+            message = f"no tag {tag!r} in {self._storage.root!r}; published: {known}"
+            raise CheckpointNotFoundError(message) from error
+        manifest = decode(data, f"{self._storage.root}/{path}")
+        if manifest.tag != tag:
+            message = f"{path}: the manifest is of tag {manifest.tag!r}"
+            raise CorruptCheckpointError(message, path=path)
+        return manifest
+
+    def _read_manifest(self, tag: str, path: str) -> bytes:
+        for _ in range(_MAX_RETRIES):
+            try:
+                return self._storage.read_bytes(path, _MAX_MANIFEST_BYTES)
+            except CheckpointNotFoundError:
+                if not self._is_published(tag):
+                    raise
+                # Overwritten, and the old one removed, on the way to the file.
+        return self._storage.read_bytes(path, _MAX_MANIFEST_BYTES)
+
+    def _is_published(self, tag: str) -> bool:
+        return self._storage.exists(f"{tag}/{MANIFEST_PATH}")
+
+    def tags(self) -> list[TagInfo]:
+        """Every published tag, oldest first. A broken one is logged and left out."""
+        return [TagInfo.of(manifest) for manifest in self._manifests(is_tolerant=True)]
+
+    def _manifests(self, *, is_tolerant: bool) -> list[Manifest]:
+        """The manifests of all tags, oldest first; broken ones are left out.
+
+        Raises:
+            StorageError: The file system refused to show one; with `is_tolerant`,
+                that one is left out, too.
+        """
+        found: list[Manifest] = []
+        for name in self._storage.list_dir(""):
+            try:
+                if name.startswith(".") or not self._is_published(check_tag(name)):
+                    continue
+                found.append(self.manifest(name))
+            except (InvalidArgumentError, CheckpointNotFoundError):
+                # A foreign directory, or a tag deleted while we looked.
+                continue
+            except (CorruptCheckpointError, StorageError) as error:
+                if not (is_tolerant or _is_about_content(error)):
+                    raise
+                _logger.warning("tag %s is left out: %s", name, error)
+        return sorted(found, key=lambda manifest: manifest.published_ns)
+
+    def latest(self) -> str | None:
+        """The tag to resume from; None where nothing is published.
+
+        A pointer that is missing, torn or dangling is repaired from the manifests.
+
+        Raises:
+            StorageError: The file system refused to show the pointer or a manifest.
+                Because of that, an older tag must not be taken for the latest.
+        """
+        manifest = self._latest()
+        return manifest.tag if manifest is not None else None
+
+    def _latest(self) -> Manifest | None:
+        return self._read_pointer(LATEST) or self._newest()
+
+    def _newest(self) -> Manifest | None:
+        """The tag that was published last, by the manifests."""
+        manifests = self._manifests(is_tolerant=False)
+        return manifests[-1] if manifests else None
+
+    def _read_pointer(self, path: str) -> Manifest | None:
+        """The tag that a pointer file names; None unless that is a published one.
+
+        Raises:
+            StorageError: The file system refused to say.
+        """
+        try:
+            data = self._storage.read_bytes(path, _MAX_LATEST_BYTES)
+            return self.manifest(check_tag(data.decode().strip()))
+        except UnicodeDecodeError:
+            return None
+        except CheckpointError as error:
+            if not _is_about_content(error):
+                raise
+            return None
+
+    def open_file(
+        self, path: str | os.PathLike[str], tag: str | None
+    ) -> tuple[ReadFile, FileEntry]:
+        """Opens a file of a published tag (by default the latest) for reading.
+
+        Returns:
+            The file, and what the manifest says of it.
+
+        An absolute path inside a tag's directory names the tag by itself.
+
+        Raises:
+            CheckpointNotFoundError: No such tag or file; the message lists what is.
+            CorruptCheckpointError: Its length is not that of the manifest.
+        """
+        root = self._storage.root
+        text: object = os.fspath(path) if isinstance(path, os.PathLike) else path
+        if tag is None and isinstance(text, str) and text.startswith(f"{root}/"):
+            tag, _, text = text.removeprefix(f"{root}/").partition("/")
+        while True:
+            manifest = self.manifest(tag) if tag is not None else self._latest()
+            if manifest is None:
+                raise CheckpointNotFoundError(f"nothing is published in {root!r}")
+            relative = check_path(text, [f"{root}/{manifest.tag}"])
+            try:
+                file, entry = self._open_entry(manifest, relative)
+            except (CheckpointNotFoundError, CorruptCheckpointError):
+                if self._is_current(manifest):
+                    raise
+                continue
+            with contextlib.ExitStack() as stack:
+                stack.callback(file.close)
+                # Opened between two equal looks, it is the manifest's file; else the
+                # tag was overwritten, or deleted, in between.
+                if self._is_current(manifest):
+                    stack.pop_all()
+                    return file, entry
+
+    def _is_current(self, manifest: Manifest) -> bool:
+        try:
+            return self.manifest(manifest.tag).attempt == manifest.attempt
+        except CheckpointNotFoundError:
+            return False
+
+    def _open_entry(
+        self, manifest: Manifest, relative: str
+    ) -> tuple[ReadFile, FileEntry]:
+        tag = manifest.tag
+        entries = {entry.path: entry for entry in manifest.files}
+        if relative not in entries:
+            known = ", ".join(map(repr, entries))
+            message = f"tag {tag!r} has no file {relative!r}; it has {known}"
+            raise CheckpointNotFoundError(message)
+        entry = entries[relative]
+        file = self._storage.open_read(f"{tag}/{relative}")
+        if file.nbytes != entry.nbytes:
+            file.close()
+            message = f"{file.path}: {file.nbytes} bytes, not {entry.nbytes} as written"
+            raise CorruptCheckpointError(
+                message, path=file.path, offset=min(file.nbytes, entry.nbytes)
+            )
+        return file, entry
+
+
+def _is_about_content(error: CheckpointError) -> bool:
+    """Whether what stands there is wrong, not the way to it."""
+    return not isinstance(error, StorageError) or error.errno in _WRONG_KIND
