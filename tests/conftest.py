@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ import pytest
 
 from leaks import census, leaks_since, pending_tasks_since
 from loop_guard import blocking_calls_raise
+
+# A job in the background is started with Ctrl-C ignored, and so would be every program
+# that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HAS_FAILED = pytest.StashKey[bool]()
 

@@ -234,13 +234,17 @@ async def _loop(
     commits: asyncio.TaskGroup,
     emit: Callable[[Event], None],
 ) -> None:
+    commit: asyncio.Task[None] | None = None
     while training.step < settings.steps:
         emit(training.advance())
         if settings.is_due(training.step):
+            if commit is not None:
+                # A disk that is slower than the schedule makes saves rarer, not more.
+                await commit
             tag = tag_of(training.step)
             await engine.create(tag, overwrite=not settings.resume)
             await engine.save(training.state_dict(), FILE, tag=tag)
-            commits.create_task(_commit(engine, tag, emit))
+            commit = commits.create_task(_commit(engine, tag, emit))
         await asyncio.sleep(0)  # Lets commits that are done report.
 
 

@@ -192,7 +192,15 @@ def test_the_recorder_sees_every_call_of_local_storage():
 
 
 def test_nothing_else_on_the_way_of_a_save_reaches_the_file_system():
-    for name in ("saver", "attempt", "catalog", "runtime", "machinery", "onefile"):
+    for name in (
+        "saver",
+        "attempt",
+        "catalog",
+        "tag_reader",
+        "runtime",
+        "machinery",
+        "onefile",
+    ):
         module = sys.modules[f"aiockpt.{name}"]
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
