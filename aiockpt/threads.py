@@ -16,6 +16,7 @@ import os
 import queue
 import sys
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -281,11 +282,23 @@ class Call(Generic[T]):
 
     async def ended(self) -> None:
         """Returns when the coroutine has ended, whatever came of it."""
-        await asyncio.wait([asyncio.wrap_future(self._outcome)])
+        waiter = asyncio.wrap_future(self._outcome)
+        await asyncio.wait([waiter])
+        if not waiter.cancelled():
+            waiter.exception()  # Retrieved: it is somebody else's, and not lost.
 
     def add_done_callback(self, callback: Callable[["Call[T]"], object]) -> None:
         """Calls `callback(self)` on the engine's loop when the coroutine has ended."""
-        self._outcome.add_done_callback(lambda _: callback(self))
+        # The outcome keeps its callbacks. One that refers to this call makes a cycle,
+        # which would keep the result (a whole loaded state) alive.
+        this = weakref.ref(self)
+
+        def call_back(_: object) -> None:
+            call = this()
+            assert call is not None
+            callback(call)
+
+        self._outcome.add_done_callback(call_back)
 
     def _cancel(self) -> bool:
         self._thread.run_soon(self._cancel_task)

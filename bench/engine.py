@@ -14,6 +14,7 @@ import platform
 import resource
 import shutil
 import statistics
+import subprocess
 import tempfile
 import threading
 from pathlib import Path
@@ -59,7 +60,16 @@ def _machine() -> dict[str, object]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """The commit that is measured, marked where the tree differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(
+        git, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def state_of(nbytes: int, num_tensors: int) -> dict[str, object]:
