@@ -10,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from aiockpt.ring import Ring
 from leaks import census, leaks_since, pending_tasks_since
 from loop_guard import blocking_calls_raise
 
@@ -88,6 +89,24 @@ def nothing_outlives_the_test(
     if _is_watched(request.node):
         leaked = leaks_since(before, private_temp_dir)
         assert not leaked, "the test left behind:\n" + "\n".join(leaked)
+
+
+@pytest.fixture(autouse=True)
+def no_lease_outlives_its_engine(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """A ring that is closed must have all its chunks back."""
+    leased: list[int] = []
+    close = Ring.close
+
+    def close_and_tell(ring: Ring) -> None:
+        leased.append(ring.leased_bytes)
+        close(ring)
+
+    monkeypatch.setattr(Ring, "close", close_and_tell)
+    yield
+    if _is_watched(request.node):
+        assert not any(leased), f"bytes still leased when a ring was closed: {leased}"
 
 
 @pytest.fixture

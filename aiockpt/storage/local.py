@@ -330,14 +330,12 @@ class _LocalWriteFile:
         except OSError as error:
             if error.errno != errno.EINVAL or not was_direct:
                 raise
-            # Some file systems accept O_DIRECT at open and refuse it here.
+            # Some file systems accept O_DIRECT at open and refuse it here; all refuse
+            # to go on directly where a short write ended off a boundary.
             self._fall_back()
             return 0
         if num_written == 0:
             raise OSError(errno.EIO, "the file system wrote nothing")
-        if self._is_direct and num_written % _ALIGNMENT:
-            # A short write that ends off a boundary cannot be continued directly.
-            self._fall_back()
         return num_written
 
     def _fall_back(self) -> None:

@@ -1,0 +1,253 @@
+"""`aiockpt.guard.StagingGate`: who waits for what is being staged, and for how long."""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+from aiockpt import guard
+from aiockpt.guard import StagingGate
+from gates import LIMIT_S, in_thread
+
+
+class Save:
+    """What the gate sees of a save."""
+
+    def __init__(self) -> None:
+        self.stall_s = 0.0
+        self.is_free = False
+        self.touched: list[set[int]] = []
+
+    def note_step(self, touched: set[int]) -> None:
+        self.touched.append(touched)
+
+
+@pytest.fixture
+def gate() -> Iterator[StagingGate]:
+    gate = StagingGate(is_holding=True)
+    yield gate
+    gate.close()
+
+
+@pytest.fixture
+def watching_gate() -> Iterator[StagingGate]:
+    gate = StagingGate(is_holding=False)
+    yield gate
+    gate.close()
+
+
+def entered(gate: StagingGate, num_saves: int = 1) -> list[Save]:
+    saves = [Save() for _ in range(num_saves)]
+    for save in saves:
+        gate.enter(save)
+    return saves
+
+
+def num_held(gate: StagingGate) -> int:
+    with gate._changed:
+        return len(gate._changed._waiters)
+
+
+def held_at(
+    gate: StagingGate, wait: Callable[[], object], number: int = 1
+) -> Future[object]:
+    """Calls `wait` on a thread; returns once that is the thread held as `number`."""
+    waiting = in_thread(wait)
+    while not waiting.done() and num_held(gate) < number:
+        pass
+    assert not waiting.done()
+    return waiting
+
+
+def sgd() -> torch.optim.Optimizer:
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    parameter.grad = torch.ones(4)
+    return torch.optim.SGD([parameter], lr=1.0, momentum=0.5)
+
+
+# --- waiting --------------------------------------------------------------------------
+
+
+def test_nobody_waits_where_nothing_is_staged(gate):
+    gate.wait()
+    (save,) = entered(gate)
+    gate.leave(save)
+    gate.wait()
+    assert save.stall_s == 0
+
+
+def test_a_caller_waits_for_all_that_was_being_staged(gate):
+    first, second = entered(gate, 2)
+    waiting = held_at(gate, gate.wait)
+    gate.leave(first)
+    # Woken, it looks and waits again.
+    while not waiting.done() and not num_held(gate):
+        pass
+    assert not waiting.done()
+    gate.leave(second)
+    waiting.result(LIMIT_S)
+
+
+def test_a_caller_does_not_wait_for_what_came_later(gate):
+    (save,) = entered(gate)
+    waiting = held_at(gate, gate.wait)
+    (later,) = entered(gate)
+    gate.leave(save)
+    waiting.result(LIMIT_S)
+    assert later.stall_s == 0
+    gate.leave(later)
+
+
+def test_everyone_who_waits_is_let_through(gate):
+    (save,) = entered(gate)
+    waiting = [held_at(gate, gate.wait, number) for number in range(1, 6)]
+    gate.leave(save)
+    for waiter in waiting:
+        waiter.result(LIMIT_S)
+
+
+def test_a_save_may_leave_twice_or_without_having_entered(gate):
+    (save,) = entered(gate)
+    gate.leave(Save())
+    gate.leave(save)
+    gate.leave(save)
+    gate.wait()
+
+
+def test_an_interrupted_caller_leaves_the_gate_usable(gate, monkeypatch):
+    (save,) = entered(gate)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gate._changed, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            gate.wait()
+    in_thread(lambda: gate.leave(save)).result(LIMIT_S)
+    gate.wait()
+
+
+def test_closing_lets_everyone_through(gate):
+    entered(gate, 2)
+    waiting = held_at(gate, gate.wait)
+    gate.close()
+    waiting.result(LIMIT_S)
+    gate.wait()
+
+
+def test_a_forked_child_waits_for_nothing(gate, monkeypatch):
+    (save,) = entered(gate)
+    with monkeypatch.context() as patch:
+        patch.setattr(guard.os, "getpid", lambda: -1)
+        gate.wait()
+        sgd().step()
+    gate.leave(save)
+
+
+# --- the time that callers are held ---------------------------------------------------
+
+
+def test_the_time_is_counted_once_and_shared_among_the_saves(gate, monkeypatch):
+    clock = iter([10.0, 16.0, 16.0, 16.0])
+    monkeypatch.setattr(guard, "perf_counter", lambda: next(clock))
+    saves = entered(gate, 3)
+    waiting = held_at(gate, gate.wait)
+    for save in saves:
+        gate.leave(save)
+    waiting.result(LIMIT_S)
+    assert [save.stall_s for save in saves] == [2.0, 2.0, 2.0]
+
+
+# --- optimizers -----------------------------------------------------------------------
+
+
+def test_a_step_of_any_optimizer_waits(gate):
+    (save,) = entered(gate)
+    optimizer = sgd()
+    before = optimizer.param_groups[0]["params"][0].detach().clone()
+    stepping = held_at(gate, optimizer.step)
+    assert torch.equal(optimizer.param_groups[0]["params"][0], before)
+    gate.leave(save)
+    stepping.result(LIMIT_S)
+    assert not torch.equal(optimizer.param_groups[0]["params"][0], before)
+    assert save.touched == []
+
+
+def test_a_gate_that_only_watches_tells_the_saves_what_a_step_touches(watching_gate):
+    gone, save = entered(watching_gate, 2)
+    watching_gate.leave(gone)
+    optimizer = sgd()
+    optimizer.step()
+    optimizer.step()
+    (parameter,) = optimizer.param_groups[0]["params"]
+    momentum = optimizer.state[parameter]["momentum_buffer"]
+    pointers = [t.untyped_storage().data_ptr() for t in (parameter, momentum)]
+    # The first step is what makes the momentum.
+    assert save.touched == [{pointers[0]}, set(pointers)]
+    assert gone.touched == []
+    assert save.stall_s == 0
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        torch.zeros(0),
+        torch.zeros(3, device="meta"),
+        torch.zeros(3).to_sparse(),
+    ],
+)
+def test_a_step_goes_on_whatever_the_parameters_are(watching_gate, parameter):
+    (save,) = entered(watching_gate)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(parameter)])
+    optimizer.state["step of all"] = 3
+    optimizer.step()
+    assert save.touched == [set()]
+
+
+@pytest.mark.parametrize("is_holding", [True, False])
+def test_a_closed_gate_has_nothing_to_do_with_steps_any_more(is_holding):
+    gate = StagingGate(is_holding=is_holding)
+    gate.close()
+    gate.close()
+    (save,) = entered(gate)
+    sgd().step()
+    assert save.touched == []
+
+
+# --- all at once ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nobody_is_held_for_ever_or_let_through_too_early(gate, seed):
+    """Threads stage and wait as they like, in orders that are drawn."""
+    start = threading.Barrier(6)
+
+    def stage(rng: random.Random) -> None:
+        start.wait(LIMIT_S)
+        for _ in range(100):
+            (save,) = entered(gate)
+            for _ in range(rng.randrange(4)):
+                time.sleep(0)
+            save.is_free = True
+            gate.leave(save)
+
+    def wait() -> None:
+        start.wait(LIMIT_S)
+        for _ in range(100):
+            with gate._changed:
+                staged = list(gate._staging.values())
+            gate.wait()
+            assert all(save.is_free for save in staged)
+
+    threads = [
+        in_thread(lambda s=s: stage(random.Random(f"{seed} {s}"))) for s in range(3)
+    ]
+    threads += [in_thread(wait) for _ in range(3)]
+    for thread in threads:
+        thread.result(LIMIT_S)
+    assert gate._staging == {}
