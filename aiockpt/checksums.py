@@ -54,7 +54,7 @@ class Checksums:
             self._post(chunk.index, pieces, wait=bool(chunk.seals))
             for at, start, stop, seal in chunk.seals:
                 view[at : at + stop - start] = seal.render(self._records)[start:stop]
-            self._chunks[chunk.index] = (crc32(view[: chunk.nbytes]), chunk.nbytes)
+            self._chunks[chunk.index] = (_whole(chunk, view, pieces), chunk.nbytes)
         except BaseException:
             self.abandon()
             raise
@@ -89,3 +89,14 @@ class Checksums:
         for crc, nbytes in self._chunks:
             total = crc32_combine(total, crc, nbytes)
         return total
+
+
+def _whole(
+    chunk: Chunk, view: memoryview, pieces: Sequence[tuple[int, int, int]]
+) -> int:
+    """The CRC-32 of all of a chunk, without reading its pieces a second time."""
+    total = done = 0
+    for copy, (_, crc, nbytes) in zip(chunk.copies, pieces, strict=True):
+        total = crc32_combine(crc32(view[done : copy.at], total), crc, nbytes)
+        done = copy.at + nbytes
+    return crc32(view[done : chunk.nbytes], total)

@@ -325,7 +325,6 @@ class Call(Generic[T]):
             result = await self._work
         except asyncio.CancelledError:
             outcome.cancel()
-            outcome.set_running_or_notify_cancel()
         except BaseException as error:  # noqa: BLE001 - it belongs to the caller
             outcome.set_exception(error)
         else:

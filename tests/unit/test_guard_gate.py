@@ -140,13 +140,16 @@ def test_closing_lets_everyone_through(gate):
     gate.wait()
 
 
-def test_a_forked_child_waits_for_nothing(gate, monkeypatch):
+@pytest.mark.parametrize("is_holding", [True, False])
+def test_a_forked_child_is_not_concerned(is_holding, monkeypatch):
+    gate = StagingGate(is_holding=is_holding)
     (save,) = entered(gate)
     with monkeypatch.context() as patch:
         patch.setattr(guard.os, "getpid", lambda: -1)
         gate.wait()
         sgd().step()
-    gate.leave(save)
+    assert save.touched == []
+    gate.close()
 
 
 # --- the time that callers are held ---------------------------------------------------
@@ -172,10 +175,11 @@ def test_a_step_of_any_optimizer_waits(gate):
     before = optimizer.param_groups[0]["params"][0].detach().clone()
     stepping = held_at(gate, optimizer.step)
     assert torch.equal(optimizer.param_groups[0]["params"][0], before)
+    (later,) = entered(gate)
     gate.leave(save)
     stepping.result(LIMIT_S)
     assert not torch.equal(optimizer.param_groups[0]["params"][0], before)
-    assert save.touched == []
+    assert save.touched == later.touched == []
 
 
 def test_a_gate_that_only_watches_tells_the_saves_what_a_step_touches(watching_gate):
