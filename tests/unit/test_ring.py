@@ -133,6 +133,7 @@ async def test_a_child_that_the_trainer_forks_has_no_copy_of_the_ring(ring):
     lease.release()
 
 
+@pytest.mark.leaks("closes a ring while a lease is out")
 async def test_the_memory_goes_when_the_ring_is_closed():
     ring = Ring(8 * MIB)
     lease = await ring.lease()
