@@ -59,6 +59,7 @@ class Catalog(TagReader):
         self._engine = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(4)}"
         self._lock: Lock | None = None
         self._num_made = 0
+        self._in_doubt: set[str] = set()
 
     # --- the engine's own work area -----------------------------------------
 
@@ -92,8 +93,9 @@ class Catalog(TagReader):
         if lock is None:
             return
         try:
-            self._storage.remove_tree(f"{_WORK_DIR}/{self._engine}")
-            self._storage.remove(f"{_WORK_DIR}/{self._engine}.lock")
+            if not self._in_doubt:
+                self._storage.remove_tree(f"{_WORK_DIR}/{self._engine}")
+                self._storage.remove(f"{_WORK_DIR}/{self._engine}.lock")
         finally:
             lock.release()
 
@@ -135,8 +137,13 @@ class Catalog(TagReader):
         return directory, f"{self._engine}.{self._num_made}"
 
     def discard(self, directory: str) -> None:
-        """Removes an attempt's directory with all that is in it."""
-        self._storage.remove_tree(directory)
+        """Removes an attempt's directory with all that is in it.
+
+        Not one that may hold the only durable copy of a tag: that is left to the
+        sweep of a later process, when it has shown which copy is the tag.
+        """
+        if directory not in self._in_doubt:
+            self._storage.remove_tree(directory)
 
     # --- publishing ----------------------------------------------------------
 
@@ -233,6 +240,7 @@ class Catalog(TagReader):
             else:
                 self._storage.rename_dir(tag, directory)
         except StorageError:
+            self._in_doubt.add(directory)
             _logger.exception("the failed commit of tag %s could not be undone", tag)
 
     def _restore_latest(self, before: Manifest | None, pending: str) -> None:

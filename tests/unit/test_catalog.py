@@ -22,6 +22,7 @@ from aiockpt.errors import (
     InvalidArgumentError,
     StorageError,
 )
+from aiockpt.storage.local import LocalStorage
 from catalogs import (
     SOME,
     catalog_at,
@@ -599,3 +600,35 @@ def test_the_versions_that_wrote_a_tag_are_on_record(catalog, root, monkeypatch)
     versions = publish(catalog, root, "one").versions
 
     assert versions == {"aiockpt": installed, "torch": torch.__version__}
+
+
+def test_an_overwrite_that_can_neither_be_synced_nor_undone_keeps_both_copies(
+    root, monkeypatch
+):
+    with catalog_at(root) as catalog:
+        publish(catalog, root, "one", {"model.pt": b"old"})
+        prepared = prepare(catalog, root, {"model.pt": b"new"})
+        swapped: list[str] = []
+        exchange, sync_dir = LocalStorage.exchange, LocalStorage.sync_dir
+
+        def swap_once(storage: LocalStorage, one: str, other: str) -> None:
+            if swapped:
+                raise StorageError(errno.EIO, "gone", other)
+            exchange(storage, one, other)
+            swapped.append(other)
+
+        def sync_until_swapped(storage: LocalStorage, path: str) -> None:
+            if swapped:
+                raise StorageError(errno.EIO, "gone", path)
+            sync_dir(storage, path)
+
+        monkeypatch.setattr(LocalStorage, "exchange", swap_once)
+        monkeypatch.setattr(LocalStorage, "sync_dir", sync_until_swapped)
+        with pytest.raises(StorageError, match="gone"):
+            catalog.publish("one", **prepared, is_overwrite=True)
+
+        directory = str(prepared["directory"])
+        catalog.discard(directory)
+        assert (root / directory / "model.pt").read_bytes() == b"old"
+        assert (root / "one" / "model.pt").read_bytes() == b"new"
+    assert (root / directory / "model.pt").read_bytes() == b"old"
