@@ -44,8 +44,7 @@ class Means:
 class Attempt:
     """What is being saved under a tag that nobody can see yet.
 
-    `add` and `remove` may be called from any thread; everything else belongs to the
-    engine's loop.
+    `add` may be called from any thread; everything else belongs to the engine's loop.
 
     Attributes:
         tag: The name under which it is to be published.
@@ -90,8 +89,10 @@ class Attempt:
         """Every file so far, in the order of the calls."""
         return list(self._saves.values())
 
-    def add(self, save: FileSave) -> None:
-        """Takes a file in; `run` must follow.
+    def add(self, save: FileSave, begin: Callable[[], object]) -> None:
+        """Takes a file in and calls `begin`, which sees to it that `run` follows.
+
+        Where `begin` raises, the file was never there.
 
         Raises:
             EngineStateError: The tag is being committed, or has failed.
@@ -107,12 +108,8 @@ class Attempt:
                 if path.startswith(f"{save.path}/") or save.path.startswith(f"{path}/"):
                     message = f"{save.path!r} and {path!r} cannot stand side by side"
                     raise InvalidArgumentError(message)
+            begin()
             self._saves[save.path] = save
-
-    def remove(self, save: FileSave) -> None:
-        """Takes a file out again whose `run` will not follow."""
-        with self._adding:
-            del self._saves[save.path]
 
     def check_open(self) -> None:
         """Returns if the tag can take files.
@@ -150,15 +147,17 @@ class Attempt:
             await outlast(self._conclude(save, task))
 
     async def _conclude(self, save: FileSave, task: "asyncio.Task[object]") -> None:
+        if save.entry is None and save.error is None:
+            save.error = CheckpointError(f"{self.tag}/{save.path} was not finished")
         try:
             await self._means.saver.release(save)
-            self._tasks.discard(task)
-            if save.entry is None and save.error is None:
-                save.error = CheckpointError(f"{self.tag}/{save.path} was not finished")
-            if save.error is not None and self.failure is None:
-                await self._fail(save.error, save.path)
         finally:
-            save.written.set()
+            self._tasks.discard(task)
+            try:
+                if save.error is not None and self.failure is None:
+                    await self._fail(save.error, save.path)
+            finally:
+                save.written.set()
 
     async def _run(self, save: FileSave) -> None:
         try:

@@ -52,6 +52,8 @@ class Machinery:
         self._observers = observers
         self._pid = os.getpid()
         self.ring = Ring(config.ring_bytes)
+        # Before the gate, whose hook would stay if the thread could not be had.
+        self._thread = LoopThread("aiockpt-engine", self._end)
         self.gate = StagingGate(is_holding=config.guard)
         self.planners = WorkerPool(_NUM_PLANNERS, "aiockpt-plan")
         self._copiers = WorkerPool(_NUM_COPIERS, "aiockpt-copy")
@@ -66,7 +68,6 @@ class Machinery:
             copiers=self._copiers,
             emit=self.emit,
         )
-        self._thread = LoopThread("aiockpt-engine", self._end)
 
     @property
     def is_forked(self) -> bool:

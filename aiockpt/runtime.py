@@ -135,15 +135,13 @@ class Runtime:
         relative = check_path(path, [f"{self.root}/{attempt.tag}"])
         save = FileSave(attempt.tag, relative, capture(state), metadata)
         save.started_s = start
-        attempt.add(save)
+        self._machinery.gate.enter(save)
         try:
-            self._machinery.gate.enter(save)
-            self.spawn(attempt.run(save))
+            attempt.add(save, lambda: self.spawn(attempt.run(save)))
         except BaseException:
             self._machinery.gate.leave(save)
-            attempt.remove(save)
             raise
-        save.stall_s = perf_counter() - start
+        save.stall_s += perf_counter() - start
         return save
 
     def _attempt(self, tag: str | None) -> Attempt:

@@ -128,8 +128,13 @@ class Saver:
 
     async def release(self, save: FileSave) -> None:
         """Lets go of sources that `run` has not staged, and of those who wait."""
-        if not save.staged.is_set():
+        if save.staged.is_set():
+            return
+        try:
             await run_blocking(self.copiers, self.gate.leave, save)
+        finally:
+            # Again, on the loop, where no thread could do it: nobody waits for ever.
+            self.gate.leave(save)
             save.capture = None
             save.staged.set()
 
@@ -212,11 +217,10 @@ class _Transfer:
             await turn.wait()
             next_turn.set()
             padded = -(-chunk.nbytes // _ALIGNMENT) * _ALIGNMENT
-            await self._file.write(
-                chunk.offset,
-                lease.view[:padded],
-                functools.partial(self._sums.seal, chunk, lease.view),
-            )
+            prepare = functools.partial(self._sums.seal, chunk, lease.view)
+            # Released at once: in a failure's traceback it would hold the whole ring.
+            with lease.view[:padded] as view:
+                await self._file.write(chunk.offset, view, prepare)
             self._save.progress.written_bytes += chunk.nbytes
         except BaseException:
             self._sums.abandon()

@@ -357,7 +357,11 @@ class LoopThread:
         self._lock = threading.Lock()
         self._at_end = at_end
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._loop.close()
+            raise
 
     def _run(self) -> None:
         try:
