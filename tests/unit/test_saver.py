@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import random
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -139,27 +138,30 @@ async def test_the_file_is_what_torch_loads(saver, save, disk):
     assert torch.equal(state["few"], torch.ones(3))
 
 
-@pytest.mark.parametrize("seed", range(4))
 async def test_writes_are_asked_for_in_order_in_whatever_order_chunks_are_filled(
-    seed, saver, save, disk
+    saver, save, disk
 ):
-    rng = random.Random(seed)
     fill = saver.stager.fill
+    is_filled = [asyncio.Event() for _ in range(NUM_CHUNKS)]
     filled: list[int] = []
 
-    class SlowStager:
+    class SwappingStager:
+        """Of two chunks, the second is filled first."""
+
         check = staticmethod(saver.stager.check)
 
         async def fill(
             self, lease: Lease, chunk: Chunk, sources: Sequence[Source]
         ) -> None:
             await fill(lease, chunk, sources)
-            await turns(rng.randrange(100))
+            if chunk.index % 2 == 0 and chunk.index + 1 < NUM_CHUNKS:
+                await is_filled[chunk.index + 1].wait()
+            is_filled[chunk.index].set()
             filled.append(chunk.index)
 
-    object.__setattr__(saver, "stager", SlowStager())
+    object.__setattr__(saver, "stager", SwappingStager())
     await saver.run(save, "model.pt", 0)
-    assert filled != disk.order
+    assert filled == [1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 10]
     assert disk.order == list(range(NUM_CHUNKS))
     assert save.entry is not None
     assert save.entry.crc32 == zlib.crc32(disk.written)
@@ -228,15 +230,16 @@ async def test_a_save_that_is_cancelled_ends_with_its_last_write(saver, save, di
     await saver.release(save)
 
 
-@pytest.mark.parametrize("num_turns", [*range(0, 60, 3), 100, 200, 400])
+@pytest.mark.parametrize("num_turns", [*range(0, 60, 3), 100, 200, 400, 4000])
 async def test_a_save_that_is_cancelled_at_any_time_leaves_the_ring_whole(
     num_turns, saver, save
 ):
     task = await started(saver, save)
     await turns(num_turns)
     task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await asyncio.wait([task])
+    # How many turns a save takes is up to the threads: it may have ended before.
+    assert task.cancelled() or save.entry is not None
     assert saver.ring.leased_bytes == 0
     await saver.release(save)
     assert save.capture is None
