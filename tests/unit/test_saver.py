@@ -161,7 +161,10 @@ async def test_writes_are_asked_for_in_order_in_whatever_order_chunks_are_filled
 
     object.__setattr__(saver, "stager", SwappingStager())
     await saver.run(save, "model.pt", 0)
-    assert filled == [1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 10]
+    assert all(
+        filled.index(even + 1) < filled.index(even)
+        for even in range(0, NUM_CHUNKS - 1, 2)
+    )
     assert disk.order == list(range(NUM_CHUNKS))
     assert save.entry is not None
     assert save.entry.crc32 == zlib.crc32(disk.written)
