@@ -57,6 +57,9 @@ class WriteFile(Protocol):
     ) -> None:
         """Calls `prepare()` and writes `view` at `offset`, in one worker's turn.
 
+        Turns are taken in the order of the calls, so this queues its turn before it
+        first suspends: `prepare` may wait for those of earlier calls.
+
         Args:
             offset: A multiple of 4096.
             view: Page-aligned; its length may go past the end of the file (it does

@@ -132,7 +132,8 @@ async def test_the_error_of_a_failed_save_does_not_hold_its_tensors(
 async def test_a_save_that_is_cancelled_by_others_fails_the_tag(root, monkeypatch):
     async with CheckpointEngine(root) as engine:
         await engine.create("a")
-        await engine.save(state(), "first.pt")
+        first = await engine.save(state(), "first.pt")
+        await first.written()
         with held(monkeypatch, saver, "make_plan") as planning:
             others = engine._runtime._calls.copy()
             await engine.save(state(), "second.pt")
