@@ -51,8 +51,11 @@ class Lease:
 
     def release(self) -> None:
         """Gives the chunk back. Call it once, when the last reader has ended."""
+        # Twice would give one chunk to two owners.
+        assert self._index >= 0, "the lease has been released already"
+        index, self._index = self._index, -1
         self.view.release()
-        self._ring.take_back(self._index)
+        self._ring.take_back(index)
 
 
 class Ring:

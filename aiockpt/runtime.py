@@ -385,7 +385,11 @@ def _close_all() -> None:
         if call is None:
             continue
         _logger.warning("the engine for %s was never closed", runtime.root)
-        for error in call.result():
-            _logger.error("lost at exit: %s", error)
+        try:
+            for error in call.result():
+                _logger.error("lost at exit: %s", error)
+        except Exception:
+            # The other engines are still to be drained.
+            _logger.exception("the engine for %s did not end well", runtime.root)
         runtime.stop()
         runtime.join()

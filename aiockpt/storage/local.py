@@ -309,11 +309,11 @@ class _LocalWriteFile:
     ) -> None:
         prepare()
         with _errors_name(self._full):
-            start, left = offset, view
-            while left:
-                num_written = self._write_once(left, start)
-                left = left[num_written:]
-                start += num_written
+            num_written = 0
+            while num_written < len(view):
+                # Released: a traceback that kept it would keep the ring mapped.
+                with view[num_written:] as left:
+                    num_written += self._write_once(left, offset + num_written)
         if not self._is_direct:
             # Starts write-back now, so that the sync at the end finds little to do.
             _libc.sync_file_range(
