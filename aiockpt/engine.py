@@ -2,7 +2,6 @@
 
 __all__ = ["CheckpointEngine", "SaveHandle"]
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from time import perf_counter
@@ -12,7 +11,7 @@ from typing import Any, Self
 from aiockpt.config import EngineConfig
 from aiockpt.errors import CheckpointError
 from aiockpt.events import CommitReport, Observer, Progress
-from aiockpt.loader import load_file
+from aiockpt.loader import LoadOptions
 from aiockpt.manifest import TagInfo
 from aiockpt.ranks.base import Ranks
 from aiockpt.runtime import Runtime, raise_untold
@@ -235,6 +234,7 @@ class CheckpointEngine:
         into: Any = None,
         keys: Sequence[str] | None = None,
         mmap: bool = False,
+        strict: bool = True,
     ) -> Any:
         """Loads one file of a published tag, verified.
 
@@ -243,34 +243,43 @@ class CheckpointEngine:
             map_location: Where tensors go, in every form that `torch.load` takes.
             tag: The tag; by default the latest published.
             weights_only: Whether code from the file is refused (it is by default).
-            verify: Whether every checksum is checked before data is returned, the whole
-                file's against the manifest included (the last not with `keys`).
-            into: A state dict whose tensors are filled in place.
-            keys: Names or globs over dotted keys; only these are read.
+            verify: Whether every checksum is checked before data is returned: each
+                record's, and, where the whole file is read, the file's against the
+                manifest. Without it, a flipped bit is loaded as it stands.
+            into: Nested mappings, lists and tuples of tensors, or modules and
+                optimizers (which stand for their state dicts), filled in place. Each
+                tensor of the file must have one of the same key path, dtype and
+                shape, and back; else nothing is changed, and the error lists all
+                misfits. Contiguous host memory is filled by way of the ring; a target
+                of another kind costs its size in memory for a moment. Where the file
+                turns out to be corrupt, the targets' content is undefined. The result
+                is what was saved, with the targets in it.
+            keys: Key paths of tensors or globs over them (`model.layers.0.*`): only
+                these are read, and the result is a dict of tensors by key path.
             mmap: Whether tensors are mapped from the file instead of read (and, since
                 nothing is read, not verified).
+            strict: False leaves out what has no counterpart in `into` or in the file,
+                with a warning in the log, as `load_state_dict` does; dtypes and shapes
+                must fit all the same. The result is the filled tensors by key path.
 
         Raises:
             CheckpointNotFoundError: No such tag or file; the message lists what is.
             CorruptCheckpointError: The bytes are not those that were written.
             InvalidArgumentError: `into` does not match, or arguments clash.
 
-        If cancelled: reading ends with the thread that does it; nothing is returned.
+        If cancelled: reading ends soon, nothing is returned, and no target is written
+        to any more.
         """
-        read = functools.partial(
-            load_file,
+        options = LoadOptions(
             map_location=map_location,
             weights_only=weights_only,
             verify=verify,
             into=into,
             keys=keys,
             mmap=mmap,
+            strict=strict,
         )
-        # What is read in part, or not at all, cannot be compared as a whole.
-        is_checked = verify and not mmap and keys is None
-        return await self._runtime.spawn(
-            self._runtime.load(path, tag, read, is_checked=is_checked)
-        ).wait()
+        return await self._runtime.spawn(self._runtime.load(path, tag, options)).wait()
 
     async def latest(self) -> str | None:
         """The tag to resume from; None where nothing is published.

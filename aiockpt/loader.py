@@ -1,106 +1,195 @@
 """Loading a checkpoint file: torch zip or safetensors, whoever wrote it.
 
-Everything here blocks and is meant for a worker thread. Nothing is handed out that
-was not checked against the file's own checksums, and no code from the file runs,
-unless the caller said so.
+A loading thread reads the directory and runs the pickle; the engine's loop and its
+workers read the tensors meanwhile. Nothing is handed out that was not checked
+against the file's own checksums, and no code from the file runs, unless the caller
+said so.
 """
 
 __all__ = [
     "FileInfo",
+    "LoadOptions",
+    "Loader",
     "RecordInfo",
     "TensorInfo",
-    "check_file",
     "inspect_file",
-    "load_file",
     "verify_file",
 ]
 
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Executor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from aiockpt.errors import CorruptCheckpointError, InvalidArgumentError
+from aiockpt.loading.bulk import BulkRead
 from aiockpt.loading.container import Container, container_of
 from aiockpt.loading.inspecting import FileInfo, RecordInfo, TensorInfo, inspect_file
 from aiockpt.loading.placing import MapLocation, Placement
+from aiockpt.loading.reader import Reader
 from aiockpt.loading.reading import named
 from aiockpt.loading.safetensors_loading import SafetensorsLoading
+from aiockpt.loading.selecting import Targets
 from aiockpt.loading.torch_file import TorchFile
 from aiockpt.loading.torch_loading import TorchLoading
 from aiockpt.loading.unpickling import Unpickling
 from aiockpt.loading.verifying import verify_file
+from aiockpt.ring import Ring
 from aiockpt.storage.base import ReadFile
+from aiockpt.threads import Call, run_interruptibly
+
+Opened = tuple[ReadFile, int | None]
+"""A file open for reading, and the CRC-32 that a manifest gives it, if one does."""
 
 
-def check_file(file: ReadFile, file_crc32: int) -> None:
-    """Returns if the file is whole and the one that a manifest describes.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """The arguments of a load, which are those of `torch.load`, and what it lacks.
 
-    Raises:
-        CorruptCheckpointError: It is not; names the tensor at fault where it can.
-        StorageError: The file system refused.
-    """
-    found = verify_file(file)
-    if found != file_crc32:
-        message = (
-            f"{file.path}: not the file that the manifest describes: its CRC-32 is "
-            f"{found:08x} instead of {file_crc32:08x}"
-        )
-        raise CorruptCheckpointError(message, path=file.path)
-
-
-def load_file(  # noqa: PLR0913 - the arguments of `torch.load`, and what it lacks
-    file: ReadFile,
-    *,
-    map_location: MapLocation = None,
-    weights_only: bool = True,
-    verify: bool = True,
-    mmap: bool = False,
-    into: object = None,
-    keys: Sequence[str] | None = None,
-) -> object:
-    """Returns what was saved in the file.
-
-    The container is told by the first bytes. Of a safetensors file, the result is a
-    dictionary of tensors.
-
-    Args:
-        file: The file, open for reading; stays open and the caller's.
+    Attributes:
         map_location: As for `torch.load`; for both containers.
         weights_only: Make only what torch counts as safe (its list, and what was
             added with `torch.serialization.add_safe_globals`). Otherwise the
             pickle runs whatever code it names.
         verify: Check every record that is read against its CRC-32 before anything
-            of it is handed out. Not for files without checksums (safetensors;
-            torch with `set_crc32_options(False)`).
+            of it is handed out, and a file that is read as a whole against its
+            manifest, if it has one, before the load returns. A safetensors file, and
+            a torch file with `set_crc32_options(False)`, has only the latter.
         mmap: Map the file instead of reading it. Tensors are read, unchecked, when
             they are looked at; changing them does not change the file.
-        into: Nested mappings, lists and tuples of tensors to fill in place. Each
-            tensor of the file must have one of the same key path, dtype and shape,
-            and the other way round. A target that is contiguous host memory is
-            read into directly. If the file turns out to be corrupt on the way,
-            the targets' content is undefined. Where the file has one tensor under
-            two keys, the result has the first target under both.
+        into: Nested mappings, lists and tuples of tensors (or modules and
+            optimizers, which stand for their state dicts) to fill in place.
         keys: Key paths of tensors, or globs over them (`model.layers.0.*`): only
             these are read (or filled), and the result is a dictionary of tensors
             by key path.
-
-    Raises:
-        CheckpointNotFoundError: A key names no tensor; the message lists near ones.
-        CorruptCheckpointError: The file is cut off, malformed or has other bytes
-            than were written; names the tensor where it can.
-        InvalidArgumentError: The arguments contradict each other, `into` does not
-            fit (all misfits are listed), there is no such device, or the file is
-            of a kind that only another reader loads.
-        StorageError: The file system refused.
-        UnsafePickleError: The file needs a class that `weights_only` does not allow.
+        strict: Whether every tensor of the file must have a target in `into` and
+            back. Otherwise what has no counterpart is left out, with a warning
+            in the log, and the result is the filled tensors by key path.
     """
-    if mmap and into is not None:
-        raise InvalidArgumentError("mmap maps the file, into reads it: choose one")
-    placement = Placement(map_location)
-    with named(file):
+
+    map_location: MapLocation = None
+    weights_only: bool = True
+    verify: bool = True
+    mmap: bool = False
+    into: object = None
+    keys: Sequence[str] | None = None
+    strict: bool = True
+
+    def check(self) -> None:
+        """Refuses what contradicts itself.
+
+        Raises:
+            InvalidArgumentError: Says what.
+        """
+        if self.mmap and self.into is not None:
+            raise InvalidArgumentError("mmap maps the file, into reads it: choose one")
+        if not self.strict and self.into is None:
+            raise InvalidArgumentError("strict=False says how to fill: give `into`")
+
+
+class Loader:
+    """Loads files with the workers and the ring of an engine."""
+
+    def __init__(
+        self,
+        *,
+        ring: Ring,
+        workers: Executor,
+        num_workers: int,
+        loaders: Executor,
+        spawn: Callable[[Coroutine[Any, Any, None]], Call[None]],
+    ) -> None:
+        """Starts nothing.
+
+        Args:
+            ring: Memory for what is copied on.
+            workers: Threads that read and checksum.
+            num_workers: How many of these one load keeps busy.
+            loaders: Threads that unpickle, and wait for the workers.
+            spawn: Starts a coroutine on the engine's loop, from any thread.
+        """
+        self._ring = ring
+        self._workers = workers
+        self._num_workers = num_workers
+        self._loaders = loaders
+        self._spawn = spawn
+
+    async def load(self, open_file: Callable[[], Opened], options: LoadOptions) -> Any:
+        """Returns what was saved in the file that `open_file` opens.
+
+        If cancelled: returns when no memory of the caller is written to any more.
+
+        Raises:
+            CheckpointNotFoundError: A key names no tensor; the message lists near ones.
+            CorruptCheckpointError: The file is cut off, malformed or has other bytes
+                than were written; names the tensor where it can.
+            InvalidArgumentError: The arguments contradict each other, `into` does not
+                fit (all misfits are listed), there is no such device, or the file is
+                of a kind that only another reader loads.
+            StorageError: The file system refused.
+            UnsafePickleError: The file needs a class that `weights_only` does not
+                allow.
+        """
+        options.check()
+        reader = Reader(self._begin, self._ring.chunk_bytes)
+        work = partial(_load, open_file, options, reader)
+        return await run_interruptibly(self._loaders, reader.stop, work)
+
+    def _begin(self, read: BulkRead) -> Call[None]:
+        return self._spawn(read.run(self._ring, self._workers, self._num_workers))
+
+
+def _load(
+    open_file: Callable[[], Opened], options: LoadOptions, reader: Reader
+) -> object:
+    placement = Placement(options.map_location)
+    file, crc32 = open_file()
+    with closing(file), named(file):
         if container_of(file) is Container.SAFETENSORS:
-            return SafetensorsLoading(file, placement, is_mapped=mmap).load(into, keys)
-        return TorchLoading(
-            TorchFile(file, verify=verify),
-            placement,
-            Unpickling(file.path, weights_only=weights_only, map_location=map_location),
-            is_mapped=mmap,
-        ).load(into, keys)
+            state, found = _load_safetensors(file, placement, options, reader)
+        else:
+            state, found = _load_torch(file, placement, options, reader)
+        if found not in (None, crc32) and crc32 is not None:
+            text = (
+                f"{file.path}: not the file that the manifest describes: its CRC-32 is "
+                f"{found:08x} instead of {crc32:08x}"
+            )
+            raise CorruptCheckpointError(text, path=file.path)
+        return state
+
+
+def _load_torch(
+    file: ReadFile, placement: Placement, options: LoadOptions, reader: Reader
+) -> tuple[object, int | None]:
+    loading = TorchLoading(
+        records=TorchFile(file, verify=options.verify),
+        placement=placement,
+        unpickling=Unpickling(
+            file.path,
+            weights_only=options.weights_only,
+            map_location=options.map_location,
+        ),
+        reader=reader,
+        is_mapped=options.mmap,
+        is_whole=options.verify,
+    )
+    if options.into is not None:
+        targets = Targets(options.into, is_strict=options.strict)
+        return loading.load_into(targets, options.keys)
+    if options.keys is not None:
+        return loading.load_keys(options.keys), None
+    return loading.load()
+
+
+def _load_safetensors(
+    file: ReadFile, placement: Placement, options: LoadOptions, reader: Reader
+) -> tuple[object, int | None]:
+    loading = SafetensorsLoading(
+        file, placement, reader, is_mapped=options.mmap, is_whole=options.verify
+    )
+    if options.into is not None:
+        targets = Targets(options.into, is_strict=options.strict)
+        return loading.load_into(targets, options.keys)
+    return loading.load(options.keys)

@@ -16,6 +16,7 @@ from aiockpt.config import EngineConfig
 from aiockpt.errors import EngineStateError
 from aiockpt.events import Event, Observer
 from aiockpt.guard import StagingGate
+from aiockpt.loader import Loader
 from aiockpt.ring import Ring
 from aiockpt.saver import Saver
 from aiockpt.staging.host import HostStager
@@ -28,6 +29,8 @@ _logger = logging.getLogger(__name__)
 
 # Planning and catalog work: one long plan must not hold up a short look-up.
 _NUM_PLANNERS = 2
+# Loads at once; they share the workers, so more would not be faster.
+_NUM_LOADERS = 2
 # One: chunks are then filled in the order in which they were asked for, and one
 # core copies faster than most disks take the bytes.
 _NUM_COPIERS = 1
@@ -43,6 +46,7 @@ class Machinery:
         workers: `parser_threads` threads that checksum, write and read.
         storage: The root's files.
         saver: Saves files with all of these.
+        loader: Loads files with all of these.
     """
 
     def __init__(
@@ -59,6 +63,14 @@ class Machinery:
         self._copiers = WorkerPool(_NUM_COPIERS, "aiockpt-copy")
         self.workers = WorkerPool(config.parser_threads, "aiockpt-worker")
         self.storage = LocalStorage(root, self.workers)
+        self._loaders = WorkerPool(_NUM_LOADERS, "aiockpt-load")
+        self.loader = Loader(
+            ring=self.ring,
+            workers=self.workers,
+            num_workers=config.parser_threads,
+            loaders=self._loaders,
+            spawn=self.spawn,
+        )
         self.saver = Saver(
             ring=self.ring,
             stager=HostStager(self._copiers),
@@ -111,7 +123,7 @@ class Machinery:
         self._thread.join()
 
     def _end(self) -> None:
-        for pool in (self.planners, self._copiers, self.workers):
+        for pool in (self._loaders, self.planners, self._copiers, self.workers):
             pool.shutdown()
         self.gate.close()
         # A traceback that is still referred to may hold a view of the ring; its

@@ -9,13 +9,13 @@ __all__ = ["load", "load_blocking", "save", "save_blocking"]
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from functools import partial
 from typing import Any
 
 from aiockpt.capture import capture
 from aiockpt.config import MIB, EngineConfig
 from aiockpt.errors import InvalidArgumentError
-from aiockpt.loader import load_file
+from aiockpt.loader import LoadOptions, Opened
 from aiockpt.machinery import Machinery
 from aiockpt.saver import FileSave
 from aiockpt.storage.local import LocalStorage
@@ -111,6 +111,7 @@ async def load(  # noqa: PLR0913 - the contract's signature
     into: Any = None,
     keys: Sequence[str] | None = None,
     mmap: bool = False,
+    strict: bool = True,
 ) -> Any:
     """Loads one file: aiockpt's, `torch.save`'s (torch 2.0 or later), or safetensors.
 
@@ -121,23 +122,23 @@ async def load(  # noqa: PLR0913 - the contract's signature
         CorruptCheckpointError: It is no checkpoint, or its checksums do not hold.
         InvalidArgumentError: `into` does not match, or arguments clash.
 
-    If cancelled: reading ends with the thread that does it; nothing is returned.
+    If cancelled: reading ends soon, and nothing is returned.
     """
-    pool = WorkerPool(1, "aiockpt-load")
+    options = LoadOptions(
+        map_location=map_location,
+        weights_only=weights_only,
+        verify=verify,
+        into=into,
+        keys=keys,
+        mmap=mmap,
+        strict=strict,
+    )
+    machinery, work = _begin_load(path, options)
     try:
-        return await run_blocking(
-            pool,
-            load_blocking,
-            path,
-            map_location,
-            weights_only=weights_only,
-            verify=verify,
-            into=into,
-            keys=keys,
-            mmap=mmap,
-        )
+        return await machinery.spawn(work).wait()
     finally:
-        pool.shutdown(wait=False)
+        machinery.stop()
+        await machinery.ended()
 
 
 def load_blocking(  # noqa: PLR0913 - the contract's signature
@@ -149,22 +150,38 @@ def load_blocking(  # noqa: PLR0913 - the contract's signature
     into: Any = None,
     keys: Sequence[str] | None = None,
     mmap: bool = False,
+    strict: bool = True,
 ) -> Any:
     """`load` for callers that block."""
+    options = LoadOptions(
+        map_location=map_location,
+        weights_only=weights_only,
+        verify=verify,
+        into=into,
+        keys=keys,
+        mmap=mmap,
+        strict=strict,
+    )
+    machinery, work = _begin_load(path, options)
+    try:
+        return machinery.spawn(work).result()
+    finally:
+        machinery.stop()
+        machinery.join()
+
+
+def _begin_load(
+    path: str | os.PathLike[str], options: LoadOptions
+) -> tuple[Machinery, Any]:
+    machinery = Machinery("", _CONFIG, ())
+    return machinery, machinery.loader.load(partial(_open, path), options)
+
+
+def _open(path: str | os.PathLike[str]) -> Opened:
     # The path is the caller's word, not a file's: links in it are followed.
     directory, name = os.path.split(os.path.realpath(path))
-    storage = LocalStorage(directory, _NO_WORKERS)
-    with closing(storage.open_read(name)) as file:
-        return load_file(
-            file,
-            map_location=map_location,
-            weights_only=weights_only,
-            verify=verify,
-            into=into,
-            keys=keys,
-            mmap=mmap,
-        )
+    return LocalStorage(directory, _NO_WORKERS).open_read(name), None
 
 
-# Reading a file in the caller's own thread takes none.
+# Opening a file for reading takes none.
 _NO_WORKERS = WorkerPool(1, "aiockpt-unused")

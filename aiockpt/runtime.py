@@ -10,10 +10,10 @@ __all__ = ["Runtime", "raise_untold"]
 
 import asyncio
 import atexit
+import functools
 import logging
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import closing
 from time import perf_counter
 from typing import Any, ParamSpec, TypeVar
 
@@ -23,14 +23,13 @@ from aiockpt.catalog import Catalog
 from aiockpt.config import EngineConfig
 from aiockpt.errors import CheckpointError, EngineStateError
 from aiockpt.events import CommitReport, Observer
-from aiockpt.loader import check_file
+from aiockpt.loader import LoadOptions, Opened
 from aiockpt.machinery import Machinery
 from aiockpt.manifest import TagInfo, check_path, check_tag
 from aiockpt.ranks.base import Ranks
 from aiockpt.ranks.single import SingleRank
 from aiockpt.retention import expired
 from aiockpt.saver import FileSave
-from aiockpt.storage.base import ReadFile
 from aiockpt.threads import Call, outlast, run_blocking
 
 P = ParamSpec("P")
@@ -269,34 +268,16 @@ class Runtime:
             _logger.warning("old tags of %s remain: %s", self.root, error)
 
     async def load(
-        self,
-        path: str | os.PathLike[str],
-        tag: str | None,
-        read: Callable[[ReadFile], T],
-        *,
-        is_checked: bool,
-    ) -> T:
-        """What `read` makes of one file of a published tag, in a worker.
-
-        With `is_checked`, only after the file was found to be the manifest's.
-        """
-        return await run_blocking(
-            self._machinery.workers, self._load, path, tag, read, is_checked=is_checked
+        self, path: str | os.PathLike[str], tag: str | None, options: LoadOptions
+    ) -> Any:
+        """What was saved as one file of a published tag."""
+        return await self._machinery.loader.load(
+            functools.partial(self._open, path, tag), options
         )
 
-    def _load(
-        self,
-        path: str | os.PathLike[str],
-        tag: str | None,
-        read: Callable[[ReadFile], T],
-        *,
-        is_checked: bool,
-    ) -> T:
+    def _open(self, path: str | os.PathLike[str], tag: str | None) -> Opened:
         file, entry = self._catalog.open_file(path, tag)
-        with closing(file):
-            if is_checked:
-                check_file(file, entry.crc32)
-            return read(file)
+        return file, entry.crc32
 
     async def latest(self) -> str | None:
         """The tag to resume from."""

@@ -6,7 +6,6 @@ notebook. Ctrl-C cancels what is waited for, waits until it has ended, and goes 
 
 __all__ = ["CheckpointEngine", "SaveHandle", "load", "save"]
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from time import perf_counter
@@ -16,7 +15,7 @@ from typing import Any, Self
 from aiockpt.config import EngineConfig
 from aiockpt.errors import CheckpointError
 from aiockpt.events import CommitReport, Observer, Progress
-from aiockpt.loader import load_file
+from aiockpt.loader import LoadOptions
 from aiockpt.manifest import TagInfo
 from aiockpt.onefile import load_blocking as load
 from aiockpt.onefile import save_blocking as save
@@ -154,22 +153,19 @@ class CheckpointEngine:
         into: Any = None,
         keys: Sequence[str] | None = None,
         mmap: bool = False,
+        strict: bool = True,
     ) -> Any:
         """Loads one file of a published tag, verified."""
-        read = functools.partial(
-            load_file,
+        options = LoadOptions(
             map_location=map_location,
             weights_only=weights_only,
             verify=verify,
             into=into,
             keys=keys,
             mmap=mmap,
+            strict=strict,
         )
-        # What is read in part, or not at all, cannot be compared as a whole.
-        is_checked = verify and not mmap and keys is None
-        return self._runtime.spawn(
-            self._runtime.load(path, tag, read, is_checked=is_checked)
-        ).result()
+        return self._runtime.spawn(self._runtime.load(path, tag, options)).result()
 
     def latest(self) -> str | None:
         """The tag to resume from; None where nothing is published."""

@@ -6,7 +6,14 @@ takes for free. So every wait here outlasts its thread: `run_blocking` and
 `outlast` return, or raise the cancellation, only when the work has ended.
 """
 
-__all__ = ["Call", "LoopThread", "WorkerPool", "outlast", "run_blocking"]
+__all__ = [
+    "Call",
+    "LoopThread",
+    "WorkerPool",
+    "outlast",
+    "run_blocking",
+    "run_interruptibly",
+]
 
 import asyncio
 import collections
@@ -18,6 +25,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from anyio import CancelScope
@@ -59,6 +67,33 @@ async def run_blocking(
         return await _settle(asyncio.wrap_future(job), job.cancel)
     finally:
         del job  # as in `_settle`
+
+
+async def run_interruptibly(
+    pool: concurrent.futures.Executor,
+    stop: Callable[[], object],
+    work: Callable[[], T],
+) -> T:
+    """As `run_blocking`, for work that can be asked to end early.
+
+    If cancelled: calls `stop` where the work has started, waits for its end, and
+    raises the cancellation.
+    """
+    job = pool.submit(work)
+    try:
+        return await _settle(asyncio.wrap_future(job), partial(_withdraw, job, stop))
+    finally:
+        del job  # as in `_settle`
+
+
+def _withdraw(
+    job: "concurrent.futures.Future[Any]", stop: Callable[[], object]
+) -> bool:
+    """Whether the job was still queued; else it is asked to end."""
+    if job.cancel():
+        return True
+    stop()
+    return False
 
 
 async def _settle(

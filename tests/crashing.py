@@ -7,23 +7,23 @@ interpreter per case would take seconds. Run as a program, this file is that hel
 
 import contextlib
 import gc
-import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
 from aiockpt.errors import CheckpointError
-from tracing import Moment, tapped
-from workloads import SMALL, WORKLOADS, Engine, make_start, save
+from aiockpt.testing.faults import Fault, Kill, inject
+from aiockpt.testing.system_calls import Moment
+from faults.driver import ALL_WORKLOADS, CONFIGS
+from workloads import SMALL, Engine, make_start, save
 
 
 class Server:
@@ -59,54 +59,30 @@ class Server:
 # --- in the helper process --------------------------------------------------------
 
 
-class KillAt:
-    """Kills the process at a call: before it, or when half its bytes are written.
+def _kill(
+    at: int | list[str],
+    when: Literal["before", "half-way", "after"],
+    calls: Collection[str],
+    tell: Callable[[object], None],
+) -> Fault:
+    """A call at which the process dies, having told of it.
 
     Args:
         at: The call's number among those named in `calls`, or its name and a part
             of its path.
-        tell: Told of the call, just before.
-        is_torn: Whether a write is half done first.
+        when: How far the call has come by then.
         calls: The names of the calls to count; all if there are none.
+        tell: Told of the call, just before.
     """
+    kill = Kill(when)
 
-    def __init__(
-        self,
-        at: int | list[str],
-        tell: Callable[[object], None],
-        *,
-        is_torn: bool,
-        calls: Collection[str] = (),
-    ) -> None:
-        self._at = at
-        self._is_torn = is_torn
-        self._tell = tell
-        self._calls = calls
-        self._counter = itertools.count(1)
+    def action(moment: Moment) -> object:
+        tell({"call": moment.name, "path": moment.path})
+        return kill(moment)
 
-    def _is_here(self, moment: Moment) -> bool:
-        if not isinstance(self._at, int):
-            return moment.name == self._at[0] and self._at[1] in moment.path
-        is_counted = not self._calls or moment.name in self._calls
-        return is_counted and next(self._counter) == self._at
-
-    def __call__(self, moment: Moment) -> None:
-        if not self._is_here(moment):
-            return
-        self._tell({"call": moment.name, "path": moment.path})
-        if self._is_torn and moment.name in {"write", "pwrite"}:
-            _write_half(moment)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _write_half(moment: Moment) -> None:
-    descriptor, data, *offset = moment.args
-    if moment.name == "pwrite":
-        # Whole blocks, as a direct write needs it.
-        half = len(data) // 2 // 4096 * 4096
-        os.pwrite(descriptor, data[:half], *offset)
-    else:
-        os.write(descriptor, data[: len(data) // 2])
+    if isinstance(at, int):
+        return Fault(calls, action, nth=at)
+    return Fault(at[0], action, path=at[1])
 
 
 def crash(
@@ -114,15 +90,16 @@ def crash(
     workload: str,
     at: int | list[str],
     *,
+    when: Literal["before", "half-way", "after"] = "before",
     is_torn: bool = False,
     calls: Collection[str] = (),
 ) -> list[Any]:
     """Runs a workload in a child that is killed at a call; what the child told."""
 
     def work(tell: Callable[[object], None]) -> None:
-        with tapped(KillAt(at, tell, is_torn=is_torn, calls=calls)):
-            with Engine(root, SMALL) as engine:
-                WORKLOADS[workload].work(engine)
+        with inject(_kill(at, "half-way" if is_torn else when, calls, tell)):
+            with Engine(root, CONFIGS.get(workload, SMALL)) as engine:
+                ALL_WORKLOADS[workload].work(engine)
                 tell("acknowledged")
         tell("ended")
 

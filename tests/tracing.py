@@ -1,293 +1,44 @@
-"""Sees, and can spoil, every call that local storage makes to the system.
+"""Sees every call that local storage makes to the system, and holds it to a promise.
 
-`tapped()` stands between `aiockpt.storage.local` and the modules through which it
-reaches the kernel. Each call is recorded with the ticks of a clock that only orders,
-and handed to a *fault*, which may raise, kill the process or do nothing.
-
-`check_commit_order` holds a trace, this one or that of strace, against the promise.
+`tapped()` records the calls and hands each to a *fault*, which may raise, kill the
+process or do nothing. `check_commit_order` holds a trace, this one or that of strace,
+against the promise.
 """
 
 import contextlib
-import ctypes
 import os
 import re
-import shutil
-import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from types import ModuleType
-from typing import Any
-from unittest import mock
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
 
-from aiockpt.storage import local
+from aiockpt.testing import system_calls
+from aiockpt.testing.system_calls import (
+    Call,
+    Moment,
+    Tap,
+    tapped_names,  # noqa: F401 - for the tests
+)
 
 # Calls on which a promise of durability rests.
 SAVING = {"create", "write", "pwrite", "ftruncate", "fsync", "rename", "exchange"}
 # Of what local storage names, these do not reach the kernel, or cannot fail.
 HARMLESS = {"fcntl", "fsencode", "getpid", "path", "strerror"}
 
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call to the system.
-
-    Attributes:
-        name: What was asked; `create` is an `open` that makes the file.
-        path: Of what; the source of a rename.
-        target: Where to, of a rename or an exchange.
-        begin: The tick at which it began.
-        end: The tick at which it ended.
-        error: Its errno; 0 where it did what was asked.
-    """
-
-    name: str
-    path: str
-    target: str = ""
-    begin: int = 0
-    end: int = 0
-    error: int = 0
-
-    def __str__(self) -> str:
-        to = f" -> {self.target}" if self.target else ""
-        return f"{self.begin}-{self.end} {self.name}({self.path}{to}) = {self.error}"
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """A call that is about to be made: what a fault gets to see.
-
-    Attributes:
-        index: Its number among all calls, from 1.
-        name: As for `Call`.
-        path: As for `Call`.
-        make: Makes the call.
-        args: What local storage passed.
-    """
-
-    index: int
-    name: str
-    path: str
-    make: Callable[[], object]
-    args: tuple[Any, ...]
-
-
+# Called with what is about to be done; it may raise, or kill the process.
 Fault = Callable[[Moment], object]
-
-
-class Tap:
-    """The calls so far, in the order in which they ended."""
-
-    def __init__(self, fault: Fault | None = None) -> None:
-        self.calls: list[Call] = []
-        self._fault = fault
-        self._lock = threading.Lock()
-        self._num_begun = 0
-        self._tick = 0
-
-    def now(self) -> int:
-        """A tick of its own: later than all that has happened."""
-        with self._lock:
-            self._tick += 1
-            return self._tick
-
-    def run(
-        self,
-        name: str,
-        path: str,
-        make: Callable[[], Any],
-        args: tuple[Any, ...] = (),
-        target: str = "",
-    ) -> Any:
-        """Makes the call, unless the fault does something else."""
-        with self._lock:
-            self._num_begun += 1
-            index = self._num_begun
-            self._tick += 1
-            begin = self._tick
-        code = 0
-        try:
-            if self._fault is not None:
-                self._fault(Moment(index, name, path, make, args))
-            return make()
-        except OSError as error:
-            code = error.errno or -1
-            if name == "close":
-                # The kernel closes a descriptor whatever it says of it.
-                with contextlib.suppress(OSError):
-                    make()
-            raise
-        finally:
-            with self._lock:
-                self._tick += 1
-                call = Call(name, path, target, begin, self._tick, code)
-                self.calls.append(call)
 
 
 @contextlib.contextmanager
 def tapped(fault: Fault | None = None) -> Generator[Tap]:
-    """Local storage's calls go through the tap, in this whole process."""
-    tap = Tap(fault)
-    modules = {
-        "os": _Tapped(os, _os_calls(tap)),
-        "fcntl": _Tapped(local.fcntl, _descriptor_calls(tap, local.fcntl, _FCNTL)),
-        "shutil": _Tapped(shutil, {"rmtree": partial(_rmtree, tap)}),
-        "aiofiles": _Tapped(local.aiofiles, {"open": partial(_aiofiles_open, tap)}),
-        "_libc": _Tapped(local._libc, _libc_calls(tap)),
-    }
-    with mock.patch.multiple(local, **modules):
+    """Local storage's calls go through a tap, in this process, after the fault."""
+
+    def intercept(moment: Moment) -> object:
+        if fault is not None:
+            fault(moment)
+        return moment.make()
+
+    with system_calls.tapped(intercept) as tap:
         yield tap
-
-
-def tapped_names(module: str) -> Collection[str]:
-    """The functions of one of local storage's modules that go through a tap."""
-    tap = Tap()
-    return {
-        "os": _os_calls(tap).keys(),
-        "fcntl": _FCNTL,
-        "shutil": {"rmtree"},
-        "aiofiles": {"open"},
-        "_libc": _libc_calls(tap).keys(),
-    }[module]
-
-
-class _Tapped:
-    """A module, some of whose functions are others."""
-
-    def __init__(self, module: ModuleType | ctypes.CDLL, calls: dict[str, Any]) -> None:
-        self._module = module
-        self.__dict__.update(calls)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-_FCNTL = {"flock": "flock"}
-_BY_DESCRIPTOR = {
-    "fstat": "fstat",
-    "fsync": "fsync",
-    "ftruncate": "ftruncate",
-    "preadv": "pread",
-    "pwrite": "pwrite",
-    "write": "write",
-    "close": "close",
-}
-_BY_PATH = ("mkdir", "rmdir", "scandir", "stat", "statvfs", "unlink")
-_BY_TWO_PATHS = {"rename": "rename", "replace": "rename"}
-
-
-def path_of(descriptor: int) -> str:
-    """What a descriptor is open on."""
-    return os.readlink(f"/proc/self/fd/{descriptor}")
-
-
-def _os_calls(tap: Tap) -> dict[str, Any]:
-    def by_path(name: str) -> Callable[..., Any]:
-        def call(path: str, *args: Any) -> Any:
-            function = partial(getattr(os, name), path, *args)
-            return tap.run(name, path, function, args)
-
-        return call
-
-    def by_two_paths(name: str) -> Callable[..., Any]:
-        def call(source: str, target: str) -> Any:
-            function = partial(getattr(os, name), source, target)
-            return tap.run(_BY_TWO_PATHS[name], source, function, target=target)
-
-        return call
-
-    def open_(
-        path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None
-    ) -> int:
-        full = path if dir_fd is None else os.path.join(path_of(dir_fd), path)
-        name = "create" if flags & os.O_EXCL else "open"
-        make = partial(os.open, path, flags, mode, dir_fd=dir_fd)
-        return tap.run(name, full, make, (flags,))
-
-    return {
-        "open": open_,
-        **_descriptor_calls(tap, os, _BY_DESCRIPTOR),
-        **{name: by_path(name) for name in _BY_PATH},
-        **{name: by_two_paths(name) for name in _BY_TWO_PATHS},
-    }
-
-
-def _descriptor_calls(
-    tap: Tap, module: ModuleType, names: dict[str, str]
-) -> dict[str, Any]:
-    def by_descriptor(name: str) -> Callable[..., Any]:
-        def call(descriptor: int, *args: Any) -> Any:
-            function = partial(getattr(module, name), descriptor, *args)
-            path = path_of(descriptor)
-            return tap.run(names[name], path, function, (descriptor, *args))
-
-        return call
-
-    return {name: by_descriptor(name) for name in names}
-
-
-def _libc_calls(tap: Tap) -> dict[str, Any]:
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def run(name: str, path: str, args: tuple[Any, ...], target: str = "") -> int:
-        def make() -> None:
-            if getattr(libc, name)(*args) != 0:
-                raise OSError(ctypes.get_errno(), name)
-
-        shown = "exchange" if name == "renameat2" else name
-        try:
-            tap.run(shown, path, make, args, target)
-        except OSError as error:
-            ctypes.set_errno(error.errno or 0)
-            return -1
-        return 0
-
-    def renameat2(*args: Any) -> int:
-        return run("renameat2", os.fsdecode(args[1]), args, os.fsdecode(args[3]))
-
-    def by_descriptor(name: str) -> Callable[..., int]:
-        return lambda *args: run(name, path_of(args[0]), args)
-
-    return {
-        "renameat2": renameat2,
-        "fallocate": by_descriptor("fallocate"),
-        "sync_file_range": by_descriptor("sync_file_range"),
-    }
-
-
-def _rmtree(tap: Tap, path: str) -> None:
-    """`shutil.rmtree`, every step of which can be seen and spoiled."""
-    os.stat(path)
-    for parent, directories, files in os.walk(path, topdown=False):
-        for name in files:
-            full = os.path.join(parent, name)
-            tap.run("unlink", full, partial(os.unlink, full))
-        for name in directories:
-            full = os.path.join(parent, name)
-            tap.run("rmdir", full, partial(os.rmdir, full))
-    tap.run("rmdir", path, partial(os.rmdir, path))
-
-
-async def _aiofiles_open(tap: Tap, *args: Any, **kwargs: Any) -> Any:
-    import aiofiles
-
-    handle = await aiofiles.open(*args, **kwargs)
-    handle._file = _ClosingFile(tap, handle._file)
-    return handle
-
-
-class _ClosingFile:
-    """A file that tells the tap when it is closed."""
-
-    def __init__(self, tap: Tap, file: Any) -> None:
-        self._tap = tap
-        self._file = file
-
-    def close(self) -> None:
-        self._tap.run("close", self._file.name, self._file.close)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 # --- faults -----------------------------------------------------------------------

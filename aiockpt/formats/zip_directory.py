@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -49,6 +49,9 @@ _EXTRA_LENGTH = struct.Struct("<H")
 _EXTRA = struct.Struct("<HH")
 _ZIP64_EXTRA = 0x0001
 
+_DESCRIPTOR_BYTES = 16
+_DESCRIPTOR64_BYTES = 24
+
 _ENCRYPTED_FLAG = 0x0001
 _DESCRIPTOR_FLAG = 0x0008
 _UTF8_FLAG = 0x0800
@@ -66,6 +69,16 @@ class DirectorySpan(NamedTuple):
     num_records: int
 
 
+class _Raw(NamedTuple):
+    """One entry of the directory as it stands there."""
+
+    offset: int
+    nbytes: int
+    crc32: int
+    full_name: bytes
+    flags: int
+
+
 class Entry(NamedTuple):
     """One record of the file, as the central directory tells it.
 
@@ -77,6 +90,7 @@ class Entry(NamedTuple):
         limit: File offset that the data's end cannot pass: the next local header
             or the directory.
         full_name: Name with the archive's, as it stands in the file.
+        has_descriptor: Whether a data descriptor follows the data.
     """
 
     name: str
@@ -85,11 +99,33 @@ class Entry(NamedTuple):
     crc32: int
     limit: int
     full_name: bytes
+    has_descriptor: bool
 
     @property
     def header_nbytes(self) -> int:
         """How many bytes from `header_offset` `data_offset` wants to see."""
         return _LOCAL_HEADER.size + len(self.full_name)
+
+    @property
+    def expected_offset(self) -> int | None:
+        """File offset of the data if the record is laid out as torch does it.
+
+        That is: data and descriptor reach up to `limit`, and the header's extra
+        fields are those of zip64 and the padding to a power of two. To be held
+        against the header once that has been read. None for any other layout.
+        """
+        is_wide = max(self.nbytes, self.header_offset) >= _U32_MAX
+        descriptor = (_DESCRIPTOR64_BYTES if is_wide else _DESCRIPTOR_BYTES) * (
+            self.has_descriptor
+        )
+        offset = self.limit - descriptor - self.nbytes
+        num_extra = offset - self.header_offset - self.header_nbytes
+        padding = num_extra - _EXTRA.size
+        if is_wide:
+            padding -= _EXTRA.size + 8 * (self.header_offset >= _U32_MAX)
+            padding -= 16 * (self.nbytes >= _U32_MAX)
+        alignment = offset & -offset
+        return offset if 0 <= padding < alignment else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +187,7 @@ def parse_directory(data: bytes, span: DirectorySpan) -> Directory:
             is no plain relative path, or there are more or fewer entries than
             announced; or the file is a TorchScript archive.
     """
-    raw: list[tuple[int, int, int, bytes]] = []
+    raw: list[_Raw] = []
     at = 0
     for _ in range(span.num_records):
         entry, at = _read_entry(data, at, span.offset)
@@ -162,15 +198,18 @@ def parse_directory(data: bytes, span: DirectorySpan) -> Directory:
             offset=span.offset + at,
         )
     limits = _limits(raw, span.offset)
-    archive = raw[0][3].partition(b"/")[0]
+    archive = raw[0].full_name.partition(b"/")[0]
     entries: dict[str, Entry] = {}
-    for offset, nbytes, crc, full_name in raw:
+    for offset, nbytes, crc, full_name, flags in raw:
         name = _relative_name(full_name, archive, offset)
         if name in entries:
             raise CorruptCheckpointError(
                 f"the zip directory has two records {_shown(full_name)}", offset=offset
             )
-        entries[name] = Entry(name, offset, nbytes, crc, limits[offset], full_name)
+        has_descriptor = bool(flags & _DESCRIPTOR_FLAG)
+        entries[name] = Entry(
+            name, offset, nbytes, crc, limits[offset], full_name, has_descriptor
+        )
     if "constants.pkl" in entries:
         raise CorruptCheckpointError("a TorchScript archive, not a checkpoint")
     return Directory(archive.decode(), entries)
@@ -278,10 +317,8 @@ def _read_end64(tail: bytes, at: int, base: int) -> DirectorySpan:
     return DirectorySpan(offset, nbytes, count)
 
 
-def _read_entry(
-    data: bytes, at: int, base: int
-) -> tuple[tuple[int, int, int, bytes], int]:
-    """Reads `(header offset, length, CRC-32, full name)`, and where it ends."""
+def _read_entry(data: bytes, at: int, base: int) -> tuple[_Raw, int]:
+    """Reads one entry, and where it ends."""
     if at + _ENTRY.size > len(data):
         raise CorruptCheckpointError("the zip directory is cut off", offset=base + at)
     (
@@ -310,7 +347,7 @@ def _read_entry(
         raise CorruptCheckpointError(
             f"the zip directory entry at {base + at} has two lengths", offset=base + at
         )
-    return (offset, size, crc, data[name_at:extra_at]), end
+    return _Raw(offset, size, crc, data[name_at:extra_at], flags), end
 
 
 def _read_zip64(
@@ -335,11 +372,9 @@ def _read_zip64(
     )
 
 
-def _limits(
-    raw: list[tuple[int, int, int, bytes]], directory_offset: int
-) -> dict[int, int]:
+def _limits(raw: Sequence[_Raw], directory_offset: int) -> dict[int, int]:
     """For each header offset, the one that follows; refuses what overlaps."""
-    ordered = sorted((entry[0], entry[1], entry[3]) for entry in raw)
+    ordered = sorted((entry.offset, entry.nbytes, entry.full_name) for entry in raw)
     ordered.append((directory_offset, 0, b""))
     limits: dict[int, int] = {}
     for (offset, nbytes, name), (limit, _, _) in pairwise(ordered):

@@ -1,14 +1,13 @@
 """Loading into tensors that are already there."""
 
-__all__ = ["Piece", "copy_into", "fill"]
+__all__ = ["Piece", "copy_into", "is_image", "mark_changed", "show"]
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
-from aiockpt.loading.reading import Region, read_region, read_storage, tensor_view
-from aiockpt.storage.base import ReadFile
+from aiockpt.loading.reading import Region
 
 
 class Piece(NamedTuple):
@@ -26,34 +25,7 @@ class Piece(NamedTuple):
     stride: tuple[int, ...]
 
 
-def fill(file: ReadFile, region: Region, pieces: Sequence[Piece]) -> None:
-    """Reads a region once, straight into its target where it has just one.
-
-    Raises:
-        CorruptCheckpointError: The bytes do not have the region's checksum; the
-            content of the targets is then undefined.
-        StorageError: The file system refused; the same holds.
-    """
-    first = pieces[0].target
-    if len(pieces) == 1 and _is_image(pieces[0], region):
-        read_region(file, region, tensor_view(first))
-        if not first.is_inference():
-            torch.autograd.graph.increment_version(first)
-        return
-    storage = read_storage(file, region)
-    for target, offset, stride in pieces:
-        source = torch.empty(0, dtype=target.dtype, device="cpu")
-        source.set_(storage, offset, target.shape, stride)
-        copy_into(target, source)
-
-
-def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Gives the target the source's elements; autograd does not record it."""
-    with torch.no_grad():
-        target.copy_(source)
-
-
-def _is_image(piece: Piece, region: Region) -> bool:
+def is_image(piece: Piece, region: Region) -> bool:
     """Whether the target's memory is to be the region's bytes, all and in order."""
     target = piece.target
     return (
@@ -63,6 +35,25 @@ def _is_image(piece: Piece, region: Region) -> bool:
         and target.nbytes == region.nbytes
         and _is_row_major(tuple(target.shape), piece.stride)
     )
+
+
+def show(storage: torch.UntypedStorage, piece: Piece) -> torch.Tensor:
+    """The elements for a piece, in a storage that holds its region."""
+    source = torch.empty(0, dtype=piece.target.dtype, device="cpu")
+    return source.set_(storage, piece.offset, piece.target.shape, piece.stride)
+
+
+def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Gives the target the source's elements; autograd does not record it."""
+    with torch.no_grad():
+        target.copy_(source)
+
+
+def mark_changed(targets: Iterable[torch.Tensor]) -> None:
+    """Tells autograd of tensors whose memory was written to behind its back."""
+    for target in targets:
+        if not target.is_inference():
+            torch.autograd.graph.increment_version(target)
 
 
 def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

@@ -41,6 +41,18 @@ class Placement:
             raise InvalidArgumentError(text)
         self.map_location = map_location
 
+    @property
+    def may_be_meta(self) -> bool:
+        """Whether some storages may go where there is no data, and need no reading."""
+        match self.map_location:
+            case str() | torch.device():
+                return self._target("") == "meta"
+            case Mapping():
+                return "meta" in map(str, self.map_location.values())
+            case _:
+                # As callables get to see data, only a tag in the file could ask for it.
+                return False
+
     def is_meta(self, location: str) -> bool:
         """Whether a storage saved at `location` goes where there is no data."""
         return not callable(self.map_location) and self._target(location) == "meta"

@@ -9,7 +9,9 @@ how a fetch goes about it.
 __all__ = [
     "Fetch",
     "Region",
+    "check_header",
     "checksum_mismatch",
+    "compare_header",
     "named",
     "open_mapping",
     "read_bytes",
@@ -29,6 +31,7 @@ import torch
 from isal.isal_zlib import crc32
 
 from aiockpt.errors import CorruptCheckpointError
+from aiockpt.formats.zip_directory import Entry, data_offset
 from aiockpt.storage.base import ReadFile
 
 # Large enough to keep a disk busy, small enough to be summed while in the cache.
@@ -43,16 +46,52 @@ class Region(NamedTuple):
         offset: File offset of the first byte.
         nbytes: Length.
         crc32: Their CRC-32, or None where it is not known or not to be checked.
+        entry: The zip record that they are, if so. Where its local header says
+            otherwise than the directory, they are not to be handed out.
     """
 
     name: str
     offset: int
     nbytes: int
     crc32: int | None
+    entry: Entry | None = None
+
+    @property
+    def start(self) -> int:
+        """File offset of the first byte that has a say: the header's, or the data's."""
+        return self.offset if self.entry is None else self.entry.header_offset
+
+    @property
+    def stop(self) -> int:
+        """File offset behind the last byte."""
+        return self.offset + self.nbytes
 
 
 Fetch = Callable[[Region], torch.UntypedStorage]
 """Gives the bytes of a region as a new storage in host memory."""
+
+
+def check_header(file: ReadFile, region: Region) -> None:
+    """Holds a zip record's local header against what the directory says.
+
+    Raises:
+        CorruptCheckpointError: They do not agree.
+        StorageError: The file system refused.
+    """
+    if region.entry is not None:
+        header = bytearray(region.entry.header_nbytes)
+        file.read_into(region.start, memoryview(header))
+        compare_header(file, region, bytes(header))
+
+
+def compare_header(file: ReadFile, region: Region, header: bytes) -> None:
+    """As `check_header`, for a header that has been read (at least its fixed part)."""
+    assert region.entry is not None
+    with named(file):
+        if data_offset(region.entry, header) != region.offset:
+            name, offset = region.name, region.start
+            text = f"the local header of {name!r} does not lead to its data"
+            raise CorruptCheckpointError(text, offset=offset)
 
 
 def read_region(file: ReadFile, region: Region, view: memoryview) -> None:
@@ -63,6 +102,7 @@ def read_region(file: ReadFile, region: Region, view: memoryview) -> None:
             holds what was read.
         StorageError: The file system refused.
     """
+    check_header(file, region)
     checksum = 0
     for start in range(0, region.nbytes, _BLOCK_BYTES):
         block = view[start : start + _BLOCK_BYTES]
@@ -108,6 +148,7 @@ def open_mapping(file: ReadFile) -> Fetch:
     whole = torch.frombuffer(mapping, dtype=torch.uint8).untyped_storage()
 
     def fetch(region: Region) -> torch.UntypedStorage:
+        check_header(file, region)
         piece: torch.UntypedStorage = whole[
             region.offset : region.offset + region.nbytes
         ]

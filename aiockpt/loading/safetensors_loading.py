@@ -2,7 +2,7 @@
 
 __all__ = ["SafetensorsLoading", "read_header"]
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,17 +14,19 @@ from aiockpt.formats.safetensors import (
     header_nbytes,
     parse_header,
 )
-from aiockpt.loading.filling import Piece, fill
+from aiockpt.loading.bulk import Reads
+from aiockpt.loading.filling import Piece, copy_into, is_image, mark_changed, show
 from aiockpt.loading.placing import Placement
+from aiockpt.loading.reader import Reader
 from aiockpt.loading.reading import (
     Fetch,
     Region,
+    checksum_mismatch,
     named,
     open_mapping,
     read_bytes,
-    read_storage,
 )
-from aiockpt.loading.selecting import Described, check_targets, select, targets_by_key
+from aiockpt.loading.selecting import Described, Targets, check_targets, select
 from aiockpt.storage.base import ReadFile
 
 # The format does not say where tensors were: `map_location` is told they were here.
@@ -52,53 +54,114 @@ class SafetensorsLoading:
     Attributes:
         file: The file.
         placement: Where tensors go.
+        reader: What tensors are read with.
         is_mapped: Whether tensors are slices of a mapping of the file.
+        is_whole: Whether a full load reads every byte, to check it.
     """
 
     file: ReadFile
     placement: Placement
+    reader: Reader
     is_mapped: bool
+    is_whole: bool
 
-    def load(self, into: object, keys: Sequence[str] | None) -> dict[str, torch.Tensor]:
-        """Does what `load_file` promises; tensors in the order of their bytes."""
-        if into is not None:
-            return self._load_into(into, keys)
-        fetch: Fetch = partial(read_storage, self.file)
-        if self.is_mapped:
-            fetch = open_mapping(self.file)
-        entries = self._entries(keys)
-        return {name: self._tensor(entry, fetch) for name, entry in entries.items()}
+    def load(
+        self, keys: Sequence[str] | None
+    ) -> tuple[dict[str, torch.Tensor], int | None]:
+        """Returns the tensors (named by `keys`), in the order of their bytes.
 
-    def _load_into(
-        self, into: object, keys: Sequence[str] | None
-    ) -> dict[str, torch.Tensor]:
-        """Fills the tensors in `into`, which it returns by name.
-
-        What can be refused is refused before any of them is changed.
+        With them comes the file's CRC-32 where all of it was read.
         """
         entries = self._entries(keys)
-        targets = targets_by_key(into)
-        if keys is not None:
-            targets = {name: targets[name] for name in entries if name in targets}
+        if self.is_mapped:
+            return self._tensors(entries, open_mapping(self.file)), None
+        if self.placement.is_meta(_LOCATION):
+            return {name: _meta(entry) for name, entry in entries.items()}, None
+        is_whole = self.is_whole and keys is None
+        reads = self._reads(entries, kept=entries.keys(), is_whole=is_whole)
+        with self.reader.reading(self.file, reads) as bulk:
+            tensors = self._tensors(entries, bulk.storage)
+            return tensors, bulk.wait() if is_whole else None
+
+    def load_into(
+        self, targets: Targets, keys: Sequence[str] | None
+    ) -> tuple[dict[str, torch.Tensor], int | None]:
+        """Fills the targets, which it returns by name.
+
+        What can be refused is refused before any of them is changed. The file's
+        CRC-32 comes with them where all of it was read.
+        """
+        path = self.file.path
+        is_chosen = keys is not None
+        entries, tensors = targets.matched(
+            path, self._entries(keys), is_chosen=is_chosen
+        )
         described = {
             name: Described(entry.dtype, entry.shape) for name, entry in entries.items()
         }
-        check_targets(self.file.path, described, targets)
+        check_targets(path, described, tensors)
+        direct: dict[str, list[int]] = {}
+        indirect: dict[str, Piece] = {}
         for name, entry in entries.items():
-            piece = Piece(targets[name], 0, _row_major(entry.shape))
-            fill(self.file, _region(entry), [piece])
-        return {name: targets[name] for name in entries}
+            piece = Piece(tensors[name], 0, _row_major(entry.shape))
+            if is_image(piece, _region(entry)):
+                direct[name] = [piece.target.data_ptr()]
+            else:
+                indirect[name] = piece
+        is_whole = self.is_whole and targets.is_strict and not is_chosen
+        read = entries if is_whole else {name: entries[name] for name in direct}
+        reads = self._reads(read, fills=direct, is_whole=is_whole)
+        with self.reader.reading(self.file, reads) as bulk:
+            total = bulk.wait()
+        mark_changed(tensors[name] for name in direct)
+        for name, piece in indirect.items():
+            self._fill_by_copy(entries[name], piece)
+        filled = {name: tensors[name] for name in entries}
+        return filled, total if is_whole else None
+
+    def _fill_by_copy(self, entry: TensorEntry, piece: Piece) -> None:
+        # One after the other, so that only one is in memory twice.
+        reads = self._reads({entry.name: entry}, kept=(entry.name,), is_whole=False)
+        with self.reader.reading(self.file, reads) as bulk:
+            copy_into(piece.target, show(bulk.storage(_region(entry)), piece))
+
+    def _reads(
+        self,
+        entries: Mapping[str, TensorEntry],
+        *,
+        kept: Collection[str] = (),
+        fills: Mapping[str, Sequence[int]] | None = None,
+        is_whole: bool,
+    ) -> Reads:
+        return Reads(
+            regions=[_region(entry) for entry in entries.values()],
+            kept=kept,
+            fills=fills or {},
+            is_whole=is_whole,
+            mismatch=partial(checksum_mismatch, self.file),
+        )
 
     def _entries(self, keys: Sequence[str] | None) -> dict[str, TensorEntry]:
         entries = dict(read_header(self.file).entries)
         return entries if keys is None else select(self.file.path, keys, entries)
 
+    def _tensors(
+        self, entries: Mapping[str, TensorEntry], fetch: Fetch
+    ) -> dict[str, torch.Tensor]:
+        return {name: self._tensor(entry, fetch) for name, entry in entries.items()}
+
     def _tensor(self, entry: TensorEntry, fetch: Fetch) -> torch.Tensor:
-        if self.placement.is_meta(_LOCATION):
-            return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-        storage = self.placement.place(fetch(_region(entry)), _LOCATION)
+        storage = fetch(_region(entry))
+        if entry.start % entry.dtype.itemsize:
+            # The format allows it, and readers of such memory do not expect it.
+            storage = storage.clone()  # type: ignore[no-untyped-call]
+        storage = self.placement.place(storage, _LOCATION)
         flat = torch.empty(0, dtype=entry.dtype, device=storage.device)
         return flat.set_(storage, 0, entry.shape, _row_major(entry.shape))
+
+
+def _meta(entry: TensorEntry) -> torch.Tensor:
+    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
 
 def _region(entry: TensorEntry) -> Region:

@@ -1,11 +1,12 @@
 """Which tensors of a file are meant: those named, or those that have a target."""
 
-__all__ = ["Described", "check_targets", "select", "targets_by_key"]
+__all__ = ["Described", "Targets", "check_targets", "select"]
 
 import difflib
 import fnmatch
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, Self, TypeVar, cast
 
 import torch
@@ -18,6 +19,8 @@ _MAX_COMPARED: Final = 5000
 _MAX_SHOWN: Final = 50
 
 T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 
 
 class Described(NamedTuple):
@@ -94,10 +97,52 @@ def _near(pattern: str, names: Mapping[str, object]) -> list[str]:
     return difflib.get_close_matches(pattern, compared, n=5, cutoff=0.5)
 
 
-def targets_by_key(into: object) -> dict[str, torch.Tensor]:
+class Targets:
+    """The tensors to be filled.
+
+    Attributes:
+        is_strict: Whether every tensor of the file must have a target, and back.
+    """
+
+    def __init__(self, into: object, *, is_strict: bool) -> None:
+        """Finds the tensors; errors as those of `_targets_by_key`."""
+        self.is_strict = is_strict
+        self._tensors = _targets_by_key(into)
+
+    def matched(
+        self, path: str, tensors: Mapping[str, T], *, is_chosen: bool
+    ) -> tuple[dict[str, T], dict[str, torch.Tensor]]:
+        """Returns the file's tensors and the targets that are to be held together.
+
+        Args:
+            path: The file, for the log.
+            tensors: Tensors of the file, by key path.
+            is_chosen: Whether they were chosen by name: other targets are not meant.
+        """
+        targets = self._tensors
+        if is_chosen:
+            targets = {key: targets[key] for key in tensors if key in targets}
+        if self.is_strict:
+            return dict(tensors), targets
+        _log_left_out(path, "have no target", tensors.keys() - targets.keys())
+        _log_left_out(path, "are not in the file", targets.keys() - tensors.keys())
+        common = [key for key in tensors if key in targets]
+        return {key: tensors[key] for key in common}, {
+            key: targets[key] for key in common
+        }
+
+
+def _log_left_out(path: str, what: str, keys: Collection[str]) -> None:
+    if keys:
+        shown = ", ".join(sorted(keys)[:_MAX_SHOWN])
+        _logger.warning("%s: %d tensors %s: %s", path, len(keys), what, shown)
+
+
+def _targets_by_key(into: object) -> dict[str, torch.Tensor]:
     """Returns the tensors in nested mappings, lists and tuples, by key path.
 
-    Where a container leads back to itself, that way is not followed.
+    A module or an optimizer stands for its state dict. Where a container leads back
+    to itself, that way is not followed.
 
     Raises:
         InvalidArgumentError: Two tensors have the same key path, or the structure
@@ -117,6 +162,8 @@ def _tensors(
         raise InvalidArgumentError(f"into nests deeper than {_MAX_DEPTH} levels")
     prefix = f"{key}." if key else ""
     below = (*parents, id(node))
+    if isinstance(node, torch.nn.Module | torch.optim.Optimizer):
+        node = node.state_dict()
     if isinstance(node, torch.Tensor):
         yield key, node
     elif id(node) in parents:

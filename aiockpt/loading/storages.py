@@ -9,7 +9,7 @@ import torch
 
 from aiockpt.errors import CorruptCheckpointError
 from aiockpt.loading.placing import Placement
-from aiockpt.loading.reading import Fetch, Region
+from aiockpt.loading.reading import Fetch, Region, check_header
 from aiockpt.loading.torch_file import TorchFile, storage_record
 
 
@@ -116,6 +116,7 @@ class StorageLoader:
             with self._records.keyed(storage_record(key)):
                 region = self._records.storage_region(key, nbytes)
                 if self._placement.is_meta(location):
+                    check_header(self._records.file, region)
                     storage = _meta_storage(region)
                 else:
                     storage = self._placement.place(self._fetch(region), location)

@@ -63,7 +63,10 @@ class TorchFile:
         self._check_origin()
 
     def region(self, name: str) -> Region:
-        """Returns where a record's bytes stand; reads its local header.
+        """Returns where a record's bytes stand.
+
+        Reads its local header only where the directory leaves that open; whoever
+        reads the bytes holds the header against the directory.
 
         Raises:
             CorruptCheckpointError: There is no such record, or its local header
@@ -76,12 +79,14 @@ class TorchFile:
         if entry is None:
             text = f"{self.file.path}: the record {name!r} is missing"
             raise CorruptCheckpointError(text, path=self.file.path)
-        header = bytearray(entry.header_nbytes)
-        self.file.read_into(entry.header_offset, memoryview(header))
-        with named(self.file):
-            offset = data_offset(entry, bytes(header))
+        offset = entry.expected_offset
+        if offset is None:
+            header = bytearray(entry.header_nbytes)
+            self.file.read_into(entry.header_offset, memoryview(header))
+            with named(self.file):
+                offset = data_offset(entry, bytes(header))
         crc32 = entry.crc32 if self._is_verified else None
-        region = Region(name, offset, entry.nbytes, crc32)
+        region = Region(name, offset, entry.nbytes, crc32, entry)
         self._regions[name] = region
         return region
 

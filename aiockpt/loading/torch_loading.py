@@ -2,7 +2,7 @@
 
 __all__ = ["TorchLoading"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeGuard, cast
@@ -10,14 +10,27 @@ from typing import TypeGuard, cast
 import torch
 
 from aiockpt.errors import CorruptCheckpointError, InvalidArgumentError
-from aiockpt.loading.filling import Piece, copy_into, fill
+from aiockpt.loading.bulk import BulkRead, Reads
+from aiockpt.loading.filling import Piece, copy_into, is_image, mark_changed, show
 from aiockpt.loading.placing import Placement
-from aiockpt.loading.reading import Region, open_mapping, read_storage
-from aiockpt.loading.selecting import Described, check_targets, select, targets_by_key
+from aiockpt.loading.reader import Reader
+from aiockpt.loading.reading import (
+    Fetch,
+    Region,
+    checksum_mismatch,
+    open_mapping,
+    read_storage,
+)
+from aiockpt.loading.selecting import (
+    Described,
+    Targets,
+    check_targets,
+    select,
+)
 from aiockpt.loading.storages import StorageLoader
-from aiockpt.loading.torch_file import PICKLE_RECORD, TorchFile
+from aiockpt.loading.torch_file import PICKLE_RECORD, TorchFile, storage_record
 from aiockpt.loading.unpickling import Unpickling
-from aiockpt.outline import TensorOutline, emit, is_tensor, leaves
+from aiockpt.outline import TensorOutline, emit, is_tensor, leaves, storage_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,72 +41,125 @@ class TorchLoading:
         records: The file.
         placement: Where tensors go.
         unpickling: How the pickle is run.
+        reader: What large records are read with.
         is_mapped: Whether storages are slices of a mapping of the file.
+        is_whole: Whether a full load reads every byte, to check it.
     """
 
     records: TorchFile
     placement: Placement
     unpickling: Unpickling
+    reader: Reader
     is_mapped: bool
+    is_whole: bool
 
-    def load(self, into: object, keys: Sequence[str] | None) -> object:
-        """Does what `load_file` promises."""
-        if into is not None:
-            return self._load_into(into, keys)
-        if keys is not None:
-            return self._load_keys(keys)
-        return self._run(self.records.read(PICKLE_RECORD))
+    def load(self) -> tuple[object, int | None]:
+        """Returns what was saved, and the file's CRC-32 where all of it was read."""
+        data = self.records.read(PICKLE_RECORD)
+        if self.is_mapped:
+            return self._run(data, open_mapping(self.records.file)), None
+        if self.placement.may_be_meta:
+            return self._run(data, self._fetch(None)), None
+        names = [*self.records.entries]
+        kept = {name for name in names if name.startswith(storage_record(""))}
+        reads = self._reads(names if self.is_whole else kept, kept)
+        with self.reader.reading(self.records.file, reads) as bulk:
+            made = self._run(data, self._fetch(bulk))
+            return made, bulk.wait() if self.is_whole else None
 
-    def _load_keys(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+    def load_keys(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         """Returns the tensors named, by key path; reads nothing of the others."""
         data = self.records.read(PICKLE_RECORD)
         nodes = self._tensors(self.records.outline(data), keys)
         return self._make(nodes, data)
 
-    def _load_into(self, into: object, keys: Sequence[str] | None) -> object:
-        """Fills the tensors in `into`; returns what was saved, with these in it.
+    def load_into(
+        self, targets: Targets, keys: Sequence[str] | None
+    ) -> tuple[object, int | None]:
+        """Fills the targets; returns what was saved, with these in it.
 
         What can be refused is refused before any of them is changed. With `keys`,
-        only these are filled, and returned by key path.
+        or where misfits are left out, only what is filled is returned, by key path.
+        The file's CRC-32 comes with it where all of it was read.
         """
         data = self.records.read(PICKLE_RECORD)
         root = self.records.outline(data)
+        path = self.records.file.path
         nodes = self._tensors(root, keys)
-        targets = targets_by_key(into)
-        if keys is not None:
-            targets = {key: targets[key] for key in nodes if key in targets}
+        nodes, tensors = targets.matched(path, nodes, is_chosen=keys is not None)
         special = {key: node for key, node in nodes.items() if not _is_plain(node)}
-        sources = self._make(special, data)
+        sources = self._make(special, data) if special else {}
         described = {
             key: _described(sources.get(key, node)) for key, node in nodes.items()
         }
-        check_targets(self.records.file.path, described, targets)
-        fills = self._fills(nodes, targets)
-        chosen = root if keys is None else nodes
+        check_targets(path, described, tensors)
+        fills = self._fills(nodes, tensors)
+        is_all = keys is None and targets.is_strict
         numbers: dict[int, int] = {}
         for number, node in enumerate(nodes.values()):
             numbers.setdefault(id(node), number)
-        pickle = emit(chosen, like=data, substitutes=numbers)
-        result = self._run(pickle, [targets[key] for key in nodes])
+        pickle = emit(root if is_all else nodes, like=data, substitutes=numbers)
+        substitutes = [tensors[key] for key in nodes]
+        result = self._run(pickle, self._fetch(None), substitutes)
         for key, source in sources.items():
-            self._copy(key, source, targets[key])
-        for region, pieces in fills.values():
-            with self.records.keyed(region.name):
-                fill(self.records.file, region, pieces)
-        return result
+            self._copy(key, source, tensors[key])
+        return result, self._fill(fills, is_whole=self.is_whole and is_all)
 
-    def _run(self, data: bytes, substitutes: Sequence[object] = ()) -> object:
-        file = self.records.file
-        fetch = open_mapping(file) if self.is_mapped else partial(read_storage, file)
+    def _run(
+        self, data: bytes, fetch: Fetch, substitutes: Sequence[object] = ()
+    ) -> object:
         storages = StorageLoader(self.records, fetch, self.placement, substitutes)
         return self.unpickling.run(data, storages)
+
+    def _fetch(self, bulk: BulkRead | None) -> Fetch:
+        """Takes storages from the bulk read, and reads what is not in it."""
+        read = partial(read_storage, self.records.file)
+        if bulk is None:
+            return read
+        return lambda region: (
+            bulk.storage(region) if bulk.holds(region) else read(region)
+        )
+
+    def _reads(
+        self,
+        names: Iterable[str],
+        kept: Collection[str],
+        fills: Mapping[str, Sequence[int]] | None = None,
+        *,
+        is_whole: bool | None = None,
+    ) -> Reads:
+        return Reads(
+            regions=[self.records.region(name) for name in names],
+            kept=kept,
+            fills=fills or {},
+            is_whole=self.is_whole if is_whole is None else is_whole,
+            mismatch=self._mismatch,
+        )
+
+    def _mismatch(self, region: Region) -> CorruptCheckpointError:
+        try:
+            with self.records.keyed(region.name):
+                raise checksum_mismatch(self.records.file, region)
+        except CorruptCheckpointError as error:
+            return error
 
     def _make(
         self, nodes: Mapping[str, object], data: bytes
     ) -> dict[str, torch.Tensor]:
         # A pickle of just these tensors: whatever a tensor of any kind is made of,
         # and nothing else, is read and made as it would be in a full load.
-        made = self._run(emit(dict(nodes), like=data))
+        pickle = emit(dict(nodes), like=data)
+        if self.is_mapped:
+            made = self._run(pickle, open_mapping(self.records.file))
+        elif self.placement.may_be_meta:
+            made = self._run(pickle, self._fetch(None))
+        else:
+            found = (key for node in nodes.values() for key in storage_keys(node))
+            names = dict.fromkeys(map(storage_record, found))
+            kept = names.keys() & self.records.entries.keys()
+            reads = self._reads(kept, kept, is_whole=False)
+            with self.reader.reading(self.records.file, reads) as bulk:
+                made = self._run(pickle, self._fetch(bulk))
         return cast("dict[str, torch.Tensor]", made)
 
     def _tensors(self, root: object, keys: Sequence[str] | None) -> dict[str, object]:
@@ -113,14 +179,46 @@ class TorchLoading:
     def _fills(
         self, nodes: Mapping[str, object], targets: Mapping[str, torch.Tensor]
     ) -> dict[str, tuple[Region, list[Piece]]]:
-        """What to read where, by storage: each is read once for all its tensors."""
+        """What to read where, by record: each is read once for all its tensors."""
         fills: dict[str, tuple[Region, list[Piece]]] = {}
         for key, node in nodes.items():
             if _is_plain(node) and node.storage_key is not None:
                 region = self.records.tensor_region(key, node)
                 piece = Piece(targets[key], node.offset, node.stride)
-                fills.setdefault(node.storage_key, (region, []))[1].append(piece)
+                fills.setdefault(region.name, (region, []))[1].append(piece)
         return fills
+
+    def _fill(
+        self, fills: Mapping[str, tuple[Region, list[Piece]]], *, is_whole: bool
+    ) -> int | None:
+        direct = {
+            name: [piece.target for piece in pieces]
+            for name, (region, pieces) in fills.items()
+            if all(is_image(piece, region) for piece in pieces)
+        }
+        addresses = {
+            name: [target.data_ptr() for target in targets]
+            for name, targets in direct.items()
+        }
+        names = self.records.entries if is_whole else direct
+        reads = self._reads(names, (), addresses, is_whole=is_whole)
+        with self.reader.reading(self.records.file, reads) as bulk:
+            total = bulk.wait()
+        for targets in direct.values():
+            mark_changed(targets)
+        for name, (region, pieces) in fills.items():
+            if name not in direct:
+                self._fill_by_copy(region, pieces)
+        return total if is_whole else None
+
+    def _fill_by_copy(self, region: Region, pieces: Sequence[Piece]) -> None:
+        # One record after the other, so that only one is in memory twice.
+        names = (region.name,)
+        reads = self._reads(names, names, is_whole=False)
+        with self.reader.reading(self.records.file, reads) as bulk:
+            storage = bulk.storage(region)
+            for piece in pieces:
+                copy_into(piece.target, show(storage, piece))
 
     def _copy(self, key: str, source: torch.Tensor, target: torch.Tensor) -> None:
         try:

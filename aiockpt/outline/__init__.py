@@ -9,7 +9,8 @@ Containers and plain values are what they are. So the outline of a file from
 anywhere can be looked at.
 
 `leaves` names what is in an outline by key path, `emit` turns (a part of) an
-outline back into a pickle. Everything here is pure.
+outline back into a pickle. `screen` tells whether a pickle can be given to torch's
+restricted unpickler without filling the memory. Everything here is pure.
 """
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "is_tensor",
     "leaves",
     "outline",
+    "screen",
     "segment",
     "storage_keys",
     "tensors_in",
@@ -29,5 +31,6 @@ __all__ = [
 
 from aiockpt.outline.emit import emit
 from aiockpt.outline.inert import Call, Global
+from aiockpt.outline.screen import screen
 from aiockpt.outline.tensors import StorageOutline, TensorOutline, is_tensor, outline
 from aiockpt.outline.walk import Leaf, leaves, segment, storage_keys, tensors_in

@@ -5,7 +5,7 @@ standard library's `pickletools` defines them. Time and memory are linear in the
 pickle's length: a length that the pickle declares is checked against what is there.
 """
 
-__all__ = ["Call", "Global", "Machine"]
+__all__ = ["Call", "Global", "Machine", "hashable"]
 
 import pickle
 import struct
@@ -22,6 +22,7 @@ _MAX_OPCODES: Final = 1 << 26
 _MAX_KEY_PARTS: Final = 1000
 _MAX_KEY_DEPTH: Final = 100
 _MAX_KEY_BITS: Final = 1 << 13
+_MAX_KEY_CHARACTERS: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,8 @@ class Machine:
         """Pushes what stands for a call."""
         args, opcode, kwargs = call
         if not isinstance(function, Global | Call) or not isinstance(args, tuple):
-            raise TypeError(f"a call of {function!r}")
+            # By its type alone: written out, what is shared has no end.
+            raise TypeError(f"a call of a {type(function).__name__}")
         self.stack.append(self.call(Call(function, args, opcode, kwargs)))
 
 
@@ -272,7 +274,7 @@ def _tuple_to_mark(machine: Machine) -> None:
 
 def _frozenset(machine: Machine) -> None:
     items = machine.pop_to_mark()
-    machine.stack.append(frozenset(map(_hashable, items)))
+    machine.stack.append(frozenset(map(hashable, items)))
 
 
 def _global(machine: Machine) -> None:
@@ -329,14 +331,15 @@ def _appends(machine: Machine) -> None:
 
 
 def _set_pairs(machine: Machine, items: list[object]) -> None:
-    pairs = zip(items[::2], items[1::2], strict=True)
+    keys = map(hashable, items[::2])
+    pairs = zip(keys, items[1::2], strict=True)
     target = machine.stack[-1]
     if isinstance(target, Call):
         if target.dict_items is None:
             target.dict_items = []
         target.dict_items.extend(pairs)
     elif isinstance(target, dict):
-        target.update((_hashable(key), value) for key, value in pairs)
+        target.update(pairs)
     else:
         raise TypeError(f"keys for {type(target).__name__}")
 
@@ -355,16 +358,16 @@ def _add_items(machine: Machine) -> None:
     target = machine.stack[-1]
     if not isinstance(target, set):
         raise TypeError(f"members for {type(target).__name__}")
-    target.update(map(_hashable, items))
+    target.update(map(hashable, items))
 
 
 def _refer(machine: Machine) -> None:
     machine.stack.append(machine.refer(machine.stack.pop()))
 
 
-def _hashable(key: object) -> object:
-    """Returns the key; refuses one that would take too long or too deep to hash."""
-    pending, num_parts = [(key, 0)], 0
+def hashable(key: object) -> object:
+    """Returns the key; refuses one that takes too long or too deep to hash or name."""
+    pending, num_parts, num_characters = [(key, 0)], 0, 0
     while pending:
         part, depth = pending.pop()
         if isinstance(part, tuple):
@@ -372,6 +375,11 @@ def _hashable(key: object) -> object:
             if num_parts > _MAX_KEY_PARTS or depth > _MAX_KEY_DEPTH:
                 raise ValueError("a key of too many parts")
             pending.extend((inner, depth + 1) for inner in part)
+        elif isinstance(part, str) and depth:
+            # Parts may be shared: a text in many places is spelled out in each.
+            num_characters += len(part)
+            if num_characters > _MAX_KEY_CHARACTERS:
+                raise ValueError("a key of too many characters")
         elif isinstance(part, int) and part.bit_length() > _MAX_KEY_BITS:
             raise ValueError("a key of too many digits")
     return key

@@ -20,11 +20,14 @@ _MAPPINGS: Final = {
     "collections.defaultdict",
 }
 _MAX_DEPTH: Final = 200
-# Stands behind a container's children on the list of what is still to be visited.
-_END: Final = object()
-# Containers may be shared, so that there are more paths than bytes in the pickle:
-# honest files stay far below this many characters of key paths, bombs do not.
-_MAX_KEY_CHARACTERS: Final = 1 << 28
+# Containers may be shared, so that there are more paths than bytes in the pickle. A
+# walk may go over what it has met before in proportion to what is there: honest files
+# stay far below, bombs do not. Steps are characters of key paths, more or less.
+_FREE_STEPS: Final = 1 << 22
+_STEPS_PER_VISIT: Final = 8
+_STEPS_PER_PART: Final = 16
+_MAX_GAIN: Final = 256
+_GAIN_FACTOR: Final = 3
 
 
 class Leaf(NamedTuple):
@@ -49,29 +52,65 @@ def leaves(root: object) -> Iterator[Leaf]:
         CorruptCheckpointError: The outline nests more than 200 levels, or has far
             more paths than any checkpoint.
     """
-    pending: list[tuple[str, object]] = [("", root)]
-    # The containers that lead to the present node, in order.
+    budget = _Budget()
+    # The containers that lead to the present node, and what is still to be visited
+    # below each. No path is made before it is due: there may be no end of them.
     parents: dict[int, None] = {}
-    num_characters = 0
+    pending = [(iter([("", root)]), True)]
     while pending:
-        key, node = pending.pop()
-        if node is _END:
-            parents.popitem()
+        paths, is_new = pending[-1]
+        key, node = next(paths, (None, None))
+        if key is None:
+            pending.pop()
+            if parents:
+                parents.popitem()
             continue
-        num_characters += len(key) + 8
-        if len(parents) > _MAX_DEPTH or num_characters > _MAX_KEY_CHARACTERS:
-            raise CorruptCheckpointError("the pickle nests beyond all measure")
+        budget.spend(len(key) + _STEPS_PER_VISIT, is_new=is_new)
         children = _children(node)
         if children is None:
+            if isinstance(node, Call):
+                budget.spend_parts(node)
             yield Leaf(key, node)
         elif id(node) not in parents:
+            if len(parents) > _MAX_DEPTH:
+                raise CorruptCheckpointError("the pickle nests beyond all measure")
             parents[id(node)] = None
-            pending.append(("", _END))
-            prefix = f"{key}." if key else ""
-            pending.extend(
-                (f"{prefix}{segment(name)}", child)
-                for name, child in reversed(children)
-            )
+            pending.append((_paths(key, children), budget.is_new(node)))
+
+
+def _paths(
+    key: str, children: list[tuple[object, object]]
+) -> Iterator[tuple[str, object]]:
+    prefix = f"{key}." if key else ""
+    for name, child in children:
+        yield f"{prefix}{segment(name)}", child
+
+
+class _Budget:
+    """How far a walk may go."""
+
+    def __init__(self) -> None:
+        self._steps = _FREE_STEPS
+        self._met: set[int] = set()
+
+    def is_new(self, node: object) -> bool:
+        """Whether it is met for the first time."""
+        num_met = len(self._met)
+        self._met.add(id(node))
+        return len(self._met) > num_met
+
+    def spend(self, num_steps: int, *, is_new: bool) -> None:
+        """Takes steps off, and adds some for what is new; refuses if none are left."""
+        if is_new:
+            self._steps += _GAIN_FACTOR * min(num_steps, _MAX_GAIN)
+        self._steps -= num_steps
+        if self._steps < 0:
+            raise CorruptCheckpointError("the pickle has paths beyond all measure")
+
+    def spend_parts(self, node: object) -> None:
+        """Takes off what it costs to look at all that an object is made of."""
+        for part in _walk(node):
+            self.spend(_STEPS_PER_PART, is_new=self.is_new(part))
 
 
 def segment(name: object) -> str:
@@ -94,6 +133,9 @@ def tensors_in(node: object) -> list[TensorOutline]:
 
 def storage_keys(node: object) -> list[str]:
     """Keys of the storages that a node refers to, each once, in pickle order."""
+    if isinstance(node, TensorOutline) and node.is_strided:
+        # Most leaves; a hostile one may drag along, and share, any number of parts.
+        return [] if node.storage_key is None else [node.storage_key]
     references = (part for part in _walk(node) if isinstance(part, StorageOutline))
     return list(dict.fromkeys(part.key for part in references))
 

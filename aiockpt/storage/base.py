@@ -31,6 +31,23 @@ class ReadFile(Protocol):
         """
         ...
 
+    def read_block(self, offset: int, view: memoryview) -> None:
+        """Fills `view` from `offset`, as far as the file goes, at the disk's speed.
+
+        Bytes of `view` behind the end of the file are left as they are. May be
+        called by several threads at once. What is in the page cache is taken from
+        there; the rest goes around it where the file system can.
+
+        Args:
+            offset: A multiple of 4096.
+            view: Page-aligned, flat, writable; its length a multiple of 4096.
+
+        Raises:
+            CorruptCheckpointError: The file ends before `nbytes`.
+            StorageError: The file system refused.
+        """
+        ...
+
     def fileno(self) -> int:
         """The open file descriptor, owned by this object."""
         ...

@@ -10,18 +10,14 @@ import fcntl
 import functools
 import os
 import shutil
-import stat
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor
 
 import aiofiles
 from aiofiles.threadpool.binary import AsyncFileIO
 
-from aiockpt.errors import (
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    StorageError,
-)
+from aiockpt.errors import CheckpointNotFoundError, StorageError
+from aiockpt.storage.local_read import LocalReadFile
 from aiockpt.threads import outlast, run_blocking
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -71,7 +67,7 @@ class LocalStorage:
         )
         opened.append(handle)
 
-    def open_read(self, path: str) -> "_LocalReadFile":
+    def open_read(self, path: str) -> LocalReadFile:
         """See `Storage.open_read`."""
         full = self._full(path)
         with _errors_name(full):
@@ -80,7 +76,7 @@ class LocalStorage:
             except FileNotFoundError as error:
                 raise CheckpointNotFoundError(f"there is no file {full!r}") from error
             try:
-                return _LocalReadFile(full, descriptor)
+                return LocalReadFile(full, descriptor)
             except BaseException:
                 _close_unwritten(descriptor)
                 raise
@@ -254,34 +250,6 @@ class _LocalLock:
             # may live for hours, has its copy of the descriptor.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         _close_unwritten(descriptor)
-
-
-class _LocalReadFile:
-    def __init__(self, full: str, descriptor: int) -> None:
-        self.path = full
-        self._descriptor = descriptor
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise StorageError(errno.EINVAL, "not a regular file", full)
-        self.nbytes = status.st_size
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        with _errors_name(self.path):
-            while view:
-                num_read = os.preadv(self._descriptor, [view], offset)
-                if num_read == 0:
-                    message = f"{self.path}: the file ends at byte {offset}"
-                    raise CorruptCheckpointError(message, path=self.path, offset=offset)
-                view = view[num_read:]
-                offset += num_read
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            _close_unwritten(descriptor)
 
 
 class _LocalWriteFile:

@@ -1,0 +1,285 @@
+"""Many regions of one file, read by several workers at once.
+
+The loading thread says what it wants, and goes on to unpickle; tasks on the
+engine's loop hand blocks of the file to the workers. Each block is read, summed
+and, where its bytes do not stay where they were read to, copied to their place.
+When all blocks of a segment are there it is checked, and whoever waits for one of
+its storages gets it.
+"""
+
+__all__ = ["BulkRead", "Reads"]
+
+import asyncio
+import bisect
+import concurrent.futures
+import ctypes
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import torch
+from isal.isal_zlib import crc32, crc32_combine
+
+from aiockpt.errors import CorruptCheckpointError
+from aiockpt.loading.arenas import Arena
+from aiockpt.loading.reading import Region, compare_header
+from aiockpt.loading.segments import Segment, segments
+from aiockpt.ring import Ring
+from aiockpt.storage.base import ReadFile
+from aiockpt.threads import run_blocking
+
+_ALIGNMENT: Final = 4096
+
+# Without the interpreter's lock, unlike a copy by memoryviews.
+_copy = ctypes.CDLL(None).memmove
+_copy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_copy.restype = ctypes.c_void_p
+
+
+class Reads(NamedTuple):
+    """What to read from a file.
+
+    Attributes:
+        regions: All that is to be read and checked.
+        kept: Names of those that are handed out as storages.
+        fills: Addresses in host memory that the bytes of a region are copied to, by
+            the region's name. The memory must outlive the read.
+        is_whole: Whether every byte of the file is read, for its checksum.
+        mismatch: Makes the error for a region that does not have its checksum.
+    """
+
+    regions: Sequence[Region]
+    kept: Collection[str]
+    fills: Mapping[str, Sequence[int]]
+    is_whole: bool
+    mismatch: Callable[[Region], CorruptCheckpointError]
+
+
+class _Part(NamedTuple):
+    """What a block had of one tile: its checksum, or the bytes of a header."""
+
+    tile: int
+    nbytes: int
+    crc32: int
+    header: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """One request to the file system: the `index`th of its run."""
+
+    run: "_Run"
+    index: int
+    offset: int
+    nbytes: int
+
+
+class _Run:
+    """A segment on its way from the file to memory."""
+
+    def __init__(self, segment: Segment, block_bytes: int) -> None:
+        self.segment = segment
+        self.base = segment.start // _ALIGNMENT * _ALIGNMENT
+        self.nbytes = -(-segment.stop // _ALIGNMENT) * _ALIGNMENT - self.base
+        self.num_left = -(-self.nbytes // block_bytes)
+        self.parts: list[list[_Part]] = [[]] * self.num_left
+        self.arena: Arena | None = None
+        self.crc32 = 0
+        self.ready: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._block_bytes = block_bytes
+        self._starts = [tile.start for tile in segment.tiles]
+
+    def blocks(self) -> Iterator[_Block]:
+        for index, at in enumerate(range(0, self.nbytes, self._block_bytes)):
+            nbytes = min(self._block_bytes, self.nbytes - at)
+            yield _Block(self, index, self.base + at, nbytes)
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The tiles in a range of the file: `(tile, start, stop)`."""
+        tiles = self.segment.tiles
+        first = bisect.bisect_right(self._starts, start) - 1
+        for index in range(max(first, 0), len(tiles)):
+            tile = tiles[index]
+            if tile.start >= stop:
+                return
+            piece = max(tile.start, start), min(tile.stop, stop)
+            if piece[0] < piece[1]:
+                yield index, *piece
+
+
+class BulkRead:
+    """One read of many regions.
+
+    `storage` and `wait` are for the thread that loads, `run` for the engine's loop,
+    `stop` for both.
+    """
+
+    def __init__(self, file: ReadFile, reads: Reads, block_bytes: int) -> None:
+        """Plans the read; `run` does it.
+
+        Args:
+            file: Must stay open until `run` has ended.
+            reads: What to read.
+            block_bytes: Length of the longest request, a multiple of 4096.
+        """
+        self._file = file
+        self._reads = reads
+        self._lock = threading.Lock()
+        self._is_stopped = False
+        nbytes = file.nbytes if reads.is_whole else None
+        cut = segments(reads.regions, reads.kept, nbytes)
+        self._runs = [_Run(segment, block_bytes) for segment in cut]
+        self._run_of = {
+            tile.region.name: run
+            for run in self._runs
+            for tile in run.segment.tiles
+            if tile.region is not None
+        }
+
+    def close(self) -> None:
+        """Lets go of all memory; `run` must have ended."""
+        # An error's traceback refers to this object, which holds the error.
+        self._runs.clear()
+        self._run_of.clear()
+
+    def holds(self, region: Region) -> bool:
+        """Whether `storage` gives this region."""
+        return region.name in self._reads.kept and region.name in self._run_of
+
+    def storage(self, region: Region) -> torch.UntypedStorage:
+        """The bytes of a kept region, once its segment has been read and checked.
+
+        Raises:
+            CorruptCheckpointError: Some bytes of the file are not as written.
+            StorageError: The file system refused.
+            concurrent.futures.CancelledError: The read was stopped.
+        """
+        run = self._run_of[region.name]
+        run.ready.result()
+        assert run.arena is not None
+        return run.arena.storage(region.offset - run.base, region.nbytes)
+
+    def wait(self) -> int:
+        """Blocks until all has been read and checked; errors as those of `storage`.
+
+        Returns:
+            The CRC-32 of all that was read: where that is the whole file, the file's.
+        """
+        total = 0
+        for run in self._runs:
+            run.ready.result()
+            nbytes = run.segment.stop - run.segment.start
+            total = crc32_combine(total, run.crc32, nbytes)
+        return total
+
+    def stop(self) -> None:
+        """Begins no further block, and wakes whoever waits. From any thread."""
+        self._fail(concurrent.futures.CancelledError())
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._is_stopped = True
+            for run in self._runs:
+                if not run.ready.done():
+                    run.ready.set_exception(error)
+
+    async def run(
+        self, ring: Ring, workers: concurrent.futures.Executor, num_lanes: int
+    ) -> None:
+        """Reads; returns when nothing of it is going on any more.
+
+        Errors go to those who wait.
+        """
+        blocks = (block for run in self._runs for block in run.blocks())
+        try:
+            async with asyncio.TaskGroup() as lanes:
+                for _ in range(num_lanes):
+                    lanes.create_task(self._read_blocks(blocks, ring, workers))
+        except BaseExceptionGroup as errors:
+            self._fail(errors.exceptions[0])
+
+    async def _read_blocks(
+        self,
+        blocks: Iterator[_Block],
+        ring: Ring,
+        workers: concurrent.futures.Executor,
+    ) -> None:
+        for block in blocks:
+            if self._is_stopped:
+                return
+            run = block.run
+            if run.segment.is_kept:
+                run.arena = run.arena or Arena(run.nbytes)
+                start = block.offset - run.base
+                view = run.arena.view[start : start + block.nbytes]
+                address = run.arena.address + start
+                await run_blocking(workers, self._read, block, view, address)
+                continue
+            lease = await ring.lease()
+            try:
+                view = lease.view[: block.nbytes]
+                await run_blocking(workers, self._read, block, view, lease.address)
+            finally:
+                lease.release()
+
+    def _read(self, block: _Block, view: memoryview, address: int) -> None:
+        """Reads a block to `view`, which is at `address`, and copies what is due."""
+        with view:
+            self._file.read_block(block.offset, view)
+            parts = self._summed(block, view, address)
+        run = block.run
+        with self._lock:
+            run.parts[block.index] = parts
+            run.num_left -= 1
+            is_last = run.num_left == 0
+        if is_last:
+            self._check(run)
+            with self._lock, suppress(concurrent.futures.InvalidStateError):
+                run.ready.set_result(None)
+
+    def _summed(self, block: _Block, view: memoryview, address: int) -> list[_Part]:
+        run, parts = block.run, []
+        start = max(block.offset, run.segment.start)
+        stop = min(block.offset + block.nbytes, run.segment.stop)
+        for index, first, last in run.pieces(start, stop):
+            tile = run.segment.tiles[index]
+            at, nbytes = first - block.offset, last - first
+            checksum, header = 0, b""
+            with view[at : at + nbytes] as piece:
+                if tile.is_header:
+                    header = bytes(piece)
+                elif self._reads.is_whole or (
+                    tile.region and tile.region.crc32 is not None
+                ):
+                    checksum = crc32(piece)
+            if tile.region is not None and not tile.is_header:
+                for target in self._reads.fills.get(tile.region.name, ()):
+                    _copy(target + first - tile.start, address + at, nbytes)
+            parts.append(_Part(index, nbytes, checksum, header))
+        return parts
+
+    def _check(self, run: _Run) -> None:
+        """Puts the parts together, and holds each region against its checksum."""
+        tiles = run.segment.tiles
+        sums = [0] * len(tiles)
+        headers: dict[int, bytes] = {}
+        for part in (part for parts in run.parts for part in parts):
+            if tiles[part.tile].is_header:
+                headers[part.tile] = headers.get(part.tile, b"") + part.header
+            else:
+                sums[part.tile] = crc32_combine(
+                    sums[part.tile], part.crc32, part.nbytes
+                )
+        run.parts = []
+        total = 0
+        for index, tile in enumerate(tiles):
+            region = tile.region
+            if tile.is_header and region is not None:
+                compare_header(self._file, region, headers[index])
+                sums[index] = crc32(headers[index])
+            elif region is not None and region.crc32 not in (None, sums[index]):
+                raise self._reads.mismatch(region)
+            total = crc32_combine(total, sums[index], tile.stop - tile.start)
+        run.crc32 = total

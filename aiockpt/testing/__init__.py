@@ -1,0 +1,9 @@
+"""What tests of programs that use aiockpt need: faults to inject, invariants to check.
+
+`faults` makes the system's calls fail, fall short or be the last; `roots` checks that
+what is left on the disk is what aiockpt promises. `strategies` (needs hypothesis)
+makes state dicts, and `storage_contract` (needs pytest) tests an implementation of the
+storage port. Nothing in aiockpt imports this package.
+"""
+
+__all__: list[str] = []
