@@ -12,6 +12,7 @@ The files are real `torch.save` (or safetensors) files: any tool opens them.
 __all__ = [
     "CheckpointEngine",
     "CheckpointError",
+    "CheckpointFile",
     "CheckpointNotFoundError",
     "CommitReport",
     "CorruptCheckpointError",
@@ -28,9 +29,11 @@ __all__ = [
     "TornSnapshotError",
     "UnsafePickleError",
     "load",
+    "open",
     "save",
 ]
 
+from aiockpt.access import CheckpointFile
 from aiockpt.config import EngineConfig
 from aiockpt.engine import CheckpointEngine, SaveHandle
 from aiockpt.errors import (
@@ -48,4 +51,5 @@ from aiockpt.errors import (
 from aiockpt.events import CommitReport
 from aiockpt.manifest import TagInfo
 from aiockpt.onefile import load, save
+from aiockpt.onefile import open_file as open  # noqa: A004 - as `torch.load` is `load`
 from aiockpt.retention import KeepEvery, KeepLast

@@ -8,6 +8,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
+from aiockpt.access import CheckpointFile
 from aiockpt.config import EngineConfig
 from aiockpt.errors import CheckpointError
 from aiockpt.events import CommitReport, Observer, Progress
@@ -280,6 +281,69 @@ class CheckpointEngine:
             strict=strict,
         )
         return await self._runtime.spawn(self._runtime.load(path, tag, options)).wait()
+
+    async def load_latest_valid(
+        self,
+        *paths: str,
+        map_location: Any = None,
+        weights_only: bool = True,
+        into: Any = None,
+        keys: Sequence[str] | None = None,
+        strict: bool = True,
+    ) -> tuple[str, list[Any]]:
+        """Loads files of the newest tag in which all of them are sound.
+
+        `load` never takes another tag than the one that is asked for. This does: it
+        begins with the latest, and goes back over tags of which a file is corrupt or
+        missing, with a warning in the log that says why.
+
+        Args:
+            paths: The files, relative to the tag. All come from one tag.
+            map_location: As for `load`; so are the others.
+            weights_only: As for `load`.
+            into: As for `load`; for one path only.
+            keys: As for `load`; the same for all files.
+            strict: As for `load`.
+
+        Returns:
+            The tag, and what was saved in each of the files.
+
+        Raises:
+            CheckpointNotFoundError: No tag is left; the message says why for each.
+            StorageError: The file system refused. This says nothing about the tag, so
+                no older one is taken.
+            InvalidArgumentError: As `load`; no older tag is tried.
+            UnsafePickleError: As `load`; no older tag is tried.
+
+        If cancelled: as `load`.
+        """
+        options = LoadOptions(
+            map_location=map_location,
+            weights_only=weights_only,
+            into=into,
+            keys=keys,
+            strict=strict,
+        )
+        work = self._runtime.load_latest_valid(paths, options)
+        return await self._runtime.spawn(work).wait()
+
+    def open(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        tag: str | None = None,
+        map_location: Any = None,
+        weights_only: bool = True,
+        verify: bool = True,
+    ) -> CheckpointFile:
+        """A file of a published tag, to be read tensor by tensor.
+
+        `async with engine.open("model.pt") as file:`; arguments as those of `load`.
+        """
+        options = LoadOptions(
+            map_location=map_location, weights_only=weights_only, verify=verify
+        )
+        return CheckpointFile(self._runtime.access(path, tag, options))
 
     async def latest(self) -> str | None:
         """The tag to resume from; None where nothing is published.

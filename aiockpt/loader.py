@@ -8,29 +8,31 @@ said so.
 
 __all__ = [
     "FileInfo",
+    "LazyFile",
     "LoadOptions",
     "Loader",
     "RecordInfo",
     "TensorInfo",
     "inspect_file",
-    "verify_file",
+    "open_lazily",
 ]
 
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from aiockpt.errors import CorruptCheckpointError, InvalidArgumentError
 from aiockpt.loading.bulk import BulkRead
 from aiockpt.loading.container import Container, container_of
 from aiockpt.loading.inspecting import FileInfo, RecordInfo, TensorInfo, inspect_file
+from aiockpt.loading.lazy import LazyFile
 from aiockpt.loading.placing import MapLocation, Placement
 from aiockpt.loading.reader import Reader
 from aiockpt.loading.reading import named
-from aiockpt.loading.safetensors_loading import SafetensorsLoading
+from aiockpt.loading.safetensors_loading import SafetensorsLoading, read_header
 from aiockpt.loading.selecting import Targets
 from aiockpt.loading.torch_file import TorchFile
 from aiockpt.loading.torch_loading import TorchLoading
@@ -39,6 +41,8 @@ from aiockpt.loading.verifying import verify_file
 from aiockpt.ring import Ring
 from aiockpt.storage.base import ReadFile
 from aiockpt.threads import Call, run_interruptibly
+
+T = TypeVar("T")
 
 Opened = tuple[ReadFile, int | None]
 """A file open for reading, and the CRC-32 that a manifest gives it, if one does."""
@@ -133,9 +137,31 @@ class Loader:
                 allow.
         """
         options.check()
+        return await self.run(partial(_load, open_file, options))
+
+    async def verify(
+        self,
+        open_file: Callable[[], Opened],
+        progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Reads a whole file, checks it, and returns its CRC-32.
+
+        Raises:
+            CorruptCheckpointError: The file is cut off or malformed, or a record does
+                not have its checksum; names the tensor and the offset where it can.
+            StorageError: The file system refused.
+        """
+        return await self.run(partial(_verify, open_file, progress))
+
+    async def run(self, work: Callable[[Reader], T]) -> T:
+        """Does `work` in a loading thread, with a reader of its own.
+
+        If cancelled: reading ends soon; returns when the thread is done with it.
+        """
         reader = Reader(self._begin, self._ring.chunk_bytes)
-        work = partial(_load, open_file, options, reader)
-        return await run_interruptibly(self._loaders, reader.stop, work)
+        return await run_interruptibly(
+            self._loaders, reader.stop, partial(work, reader)
+        )
 
     def _begin(self, read: BulkRead) -> Call[None]:
         return self._spawn(read.run(self._ring, self._workers, self._num_workers))
@@ -147,10 +173,8 @@ def _load(
     placement = Placement(options.map_location)
     file, crc32 = open_file()
     with closing(file), named(file):
-        if container_of(file) is Container.SAFETENSORS:
-            state, found = _load_safetensors(file, placement, options, reader)
-        else:
-            state, found = _load_torch(file, placement, options, reader)
+        loading = _loading(file, placement, options)(reader)
+        state, found = _state(loading, options)
         if found not in (None, crc32) and crc32 is not None:
             text = (
                 f"{file.path}: not the file that the manifest describes: its CRC-32 is "
@@ -160,21 +184,9 @@ def _load(
         return state
 
 
-def _load_torch(
-    file: ReadFile, placement: Placement, options: LoadOptions, reader: Reader
+def _state(
+    loading: TorchLoading | SafetensorsLoading, options: LoadOptions
 ) -> tuple[object, int | None]:
-    loading = TorchLoading(
-        records=TorchFile(file, verify=options.verify),
-        placement=placement,
-        unpickling=Unpickling(
-            file.path,
-            weights_only=options.weights_only,
-            map_location=options.map_location,
-        ),
-        reader=reader,
-        is_mapped=options.mmap,
-        is_whole=options.verify,
-    )
     if options.into is not None:
         targets = Targets(options.into, is_strict=options.strict)
         return loading.load_into(targets, options.keys)
@@ -183,13 +195,54 @@ def _load_torch(
     return loading.load()
 
 
-def _load_safetensors(
-    file: ReadFile, placement: Placement, options: LoadOptions, reader: Reader
-) -> tuple[object, int | None]:
-    loading = SafetensorsLoading(
-        file, placement, reader, is_mapped=options.mmap, is_whole=options.verify
+def _loading(
+    file: ReadFile, placement: Placement, options: LoadOptions
+) -> Callable[[Reader], TorchLoading | SafetensorsLoading]:
+    """How a reader loads from the file; its directory or header has been read."""
+    if container_of(file) is Container.SAFETENSORS:
+        return partial(
+            SafetensorsLoading,
+            file,
+            read_header(file),
+            placement,
+            is_mapped=options.mmap,
+            is_whole=options.verify,
+        )
+    unpickling = Unpickling(
+        file.path,
+        weights_only=options.weights_only,
+        map_location=options.map_location,
     )
-    if options.into is not None:
-        targets = Targets(options.into, is_strict=options.strict)
-        return loading.load_into(targets, options.keys)
-    return loading.load(options.keys)
+    return partial(
+        TorchLoading,
+        TorchFile(file, verify=options.verify),
+        placement,
+        unpickling,
+        is_mapped=options.mmap,
+        is_whole=options.verify,
+    )
+
+
+def open_lazily(
+    open_file: Callable[[], Opened], options: LoadOptions, reader: Reader
+) -> LazyFile:
+    """Opens a file for reading tensors one by one; errors as those of `Loader.load`."""
+    placement = Placement(options.map_location)
+    file, _ = open_file()
+    with ExitStack() as stack:
+        stack.callback(file.close)
+        with named(file):
+            loading = _loading(file, placement, options)
+            lazy = LazyFile(file, placement, loading, reader)
+        stack.pop_all()
+        return lazy
+
+
+def _verify(
+    open_file: Callable[[], Opened],
+    progress: Callable[[int], None] | None,
+    reader: Reader,
+) -> int:
+    file, _ = open_file()
+    with closing(file):
+        return verify_file(file, reader, progress)

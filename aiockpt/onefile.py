@@ -4,22 +4,32 @@ A save goes to a temporary file beside the target, is synced, and takes the
 target's place by a rename, so the target is the old file or the new one, whole.
 """
 
-__all__ = ["load", "load_blocking", "save", "save_blocking"]
+__all__ = [
+    "load",
+    "load_blocking",
+    "open_blocking",
+    "open_file",
+    "save",
+    "save_blocking",
+]
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+from aiockpt.access import BlockingCheckpointFile, CheckpointFile, FileAccess
 from aiockpt.capture import capture
 from aiockpt.config import MIB, EngineConfig
 from aiockpt.errors import InvalidArgumentError
-from aiockpt.loader import LoadOptions, Opened
+from aiockpt.loader import Loader, LoadOptions, Opened
 from aiockpt.machinery import Machinery
 from aiockpt.saver import FileSave
 from aiockpt.storage.local import LocalStorage
-from aiockpt.threads import WorkerPool, outlast, run_blocking
+from aiockpt.threads import Call, WorkerPool, outlast, run_blocking
+
+T = TypeVar("T")
 
 # Enough to keep the workers busy; a save that is awaited gains nothing from more.
 _CONFIG = EngineConfig(host_cache_size=128 * MIB / (1 << 30))
@@ -168,6 +178,79 @@ def load_blocking(  # noqa: PLR0913 - the contract's signature
     finally:
         machinery.stop()
         machinery.join()
+
+
+def open_file(
+    path: str | os.PathLike[str],
+    *,
+    map_location: Any = None,
+    weights_only: bool = True,
+    verify: bool = True,
+) -> CheckpointFile:
+    """A file to be read tensor by tensor: `async with aiockpt.open(path) as file:`.
+
+    Args:
+        path: The file: aiockpt's, `torch.save`'s, or safetensors.
+        map_location: As for `CheckpointEngine.load`; so are the others.
+        weights_only: As for `CheckpointEngine.load`.
+        verify: As for `CheckpointEngine.load`.
+    """
+    return CheckpointFile(_access(path, map_location, weights_only, verify))
+
+
+def open_blocking(
+    path: str | os.PathLike[str],
+    *,
+    map_location: Any = None,
+    weights_only: bool = True,
+    verify: bool = True,
+) -> BlockingCheckpointFile:
+    """`open` for callers that block: `with aiockpt.sync.open(path) as file:`."""
+    return BlockingCheckpointFile(_access(path, map_location, weights_only, verify))
+
+
+def _access(
+    path: str | os.PathLike[str],
+    map_location: Any,
+    weights_only: bool,  # noqa: FBT001 - from one caller to the next
+    verify: bool,  # noqa: FBT001
+) -> FileAccess:
+    options = LoadOptions(
+        map_location=map_location, weights_only=weights_only, verify=verify
+    )
+    return FileAccess(_Alone(), partial(_open, path), options)
+
+
+class _Alone:
+    """Machinery for one file alone, started with the first use."""
+
+    def __init__(self) -> None:
+        self._started: Machinery | None = None
+
+    @property
+    def _machinery(self) -> Machinery:
+        if self._started is None:
+            self._started = Machinery("", _CONFIG, ())
+        return self._started
+
+    @property
+    def loader(self) -> Loader:
+        return self._machinery.loader
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> Call[T]:
+        return self._machinery.spawn(work)
+
+    async def release(self) -> None:
+        started, self._started = self._started, None
+        if started is not None:
+            started.stop()
+            await started.ended()
+
+    def release_blocking(self) -> None:
+        started, self._started = self._started, None
+        if started is not None:
+            started.stop()
+            started.join()
 
 
 def _begin_load(

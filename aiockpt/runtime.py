@@ -17,13 +17,19 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from time import perf_counter
 from typing import Any, ParamSpec, TypeVar
 
+from aiockpt.access import FileAccess
 from aiockpt.attempt import Attempt, Means
 from aiockpt.capture import capture
 from aiockpt.catalog import Catalog
 from aiockpt.config import EngineConfig
-from aiockpt.errors import CheckpointError, EngineStateError
+from aiockpt.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    EngineStateError,
+)
 from aiockpt.events import CommitReport, Observer
-from aiockpt.loader import LoadOptions, Opened
+from aiockpt.loader import Loader, LoadOptions, Opened
 from aiockpt.machinery import Machinery
 from aiockpt.manifest import TagInfo, check_path, check_tag
 from aiockpt.ranks.base import Ranks
@@ -271,9 +277,46 @@ class Runtime:
         self, path: str | os.PathLike[str], tag: str | None, options: LoadOptions
     ) -> Any:
         """What was saved as one file of a published tag."""
-        return await self._machinery.loader.load(
-            functools.partial(self._open, path, tag), options
-        )
+        return await self.loader.load(functools.partial(self._open, path, tag), options)
+
+    def access(
+        self, path: str | os.PathLike[str], tag: str | None, options: LoadOptions
+    ) -> FileAccess:
+        """A file of a published tag, to be opened for reading tensors one by one."""
+        options.check()
+        open_file = functools.partial(self._open, path, tag)
+        return FileAccess(self, open_file, options)
+
+    @property
+    def loader(self) -> Loader:
+        """What loads files."""
+        return self._machinery.loader
+
+    async def release(self) -> None:
+        """Nothing was started for one file alone."""
+
+    def release_blocking(self) -> None:
+        """As `release`."""
+
+    async def load_latest_valid(
+        self, paths: Sequence[str], options: LoadOptions
+    ) -> tuple[str, list[Any]]:
+        """The newest tag from which all of `paths` load, and what they hold.
+
+        Raises:
+            CheckpointNotFoundError: There is no such tag; says why for each.
+        """
+        skipped: list[str] = []
+        for tag in await self._blocking(self._catalog.latest_first):
+            try:
+                states = [await self.load(path, tag, options) for path in paths]
+            except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+                _logger.warning("tag %s is skipped: %s", tag, error)
+                skipped.append(f"{tag}: {error}")
+            else:
+                return tag, states
+        text = "\n  ".join([f"no tag of {self.root!r} can be loaded:", *skipped])
+        raise CheckpointNotFoundError(text)
 
     def _open(self, path: str | os.PathLike[str], tag: str | None) -> Opened:
         file, entry = self._catalog.open_file(path, tag)

@@ -4,7 +4,7 @@ Works with no event loop, under a running one (whose thread it blocks), and in a
 notebook. Ctrl-C cancels what is waited for, waits until it has ended, and goes on.
 """
 
-__all__ = ["CheckpointEngine", "SaveHandle", "load", "save"]
+__all__ = ["CheckpointEngine", "CheckpointFile", "SaveHandle", "load", "open", "save"]
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,14 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
+from aiockpt.access import BlockingCheckpointFile as CheckpointFile
 from aiockpt.config import EngineConfig
 from aiockpt.errors import CheckpointError
 from aiockpt.events import CommitReport, Observer, Progress
 from aiockpt.loader import LoadOptions
 from aiockpt.manifest import TagInfo
 from aiockpt.onefile import load_blocking as load
+from aiockpt.onefile import open_blocking as open  # noqa: A004 - as `aiockpt.open`
 from aiockpt.onefile import save_blocking as save
 from aiockpt.ranks.base import Ranks
 from aiockpt.runtime import Runtime, raise_untold
@@ -166,6 +168,41 @@ class CheckpointEngine:
             strict=strict,
         )
         return self._runtime.spawn(self._runtime.load(path, tag, options)).result()
+
+    def load_latest_valid(
+        self,
+        *paths: str,
+        map_location: Any = None,
+        weights_only: bool = True,
+        into: Any = None,
+        keys: Sequence[str] | None = None,
+        strict: bool = True,
+    ) -> tuple[str, list[Any]]:
+        """Loads files of the newest tag in which all of them are sound."""
+        options = LoadOptions(
+            map_location=map_location,
+            weights_only=weights_only,
+            into=into,
+            keys=keys,
+            strict=strict,
+        )
+        work = self._runtime.load_latest_valid(paths, options)
+        return self._runtime.spawn(work).result()
+
+    def open(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        tag: str | None = None,
+        map_location: Any = None,
+        weights_only: bool = True,
+        verify: bool = True,
+    ) -> CheckpointFile:
+        """A file of a published tag, to be read tensor by tensor in a `with` block."""
+        options = LoadOptions(
+            map_location=map_location, weights_only=weights_only, verify=verify
+        )
+        return CheckpointFile(self._runtime.access(path, tag, options))
 
     def latest(self) -> str | None:
         """The tag to resume from; None where nothing is published."""

@@ -123,6 +123,22 @@ class TagReader:
         manifest = self._latest()
         return manifest.tag if manifest is not None else None
 
+    def latest_first(self) -> list[str]:
+        """The tag to resume from, then those published before it, newest first.
+
+        Raises:
+            StorageError: The file system refused to show the pointer or a manifest.
+        """
+        latest = self._latest()
+        if latest is None:
+            return []
+        older = [
+            manifest.tag
+            for manifest in reversed(self._manifests(is_tolerant=False))
+            if manifest.published_ns < latest.published_ns
+        ]
+        return [latest.tag, *older]
+
     def _latest(self) -> Manifest | None:
         return self._read_pointer(LATEST) or self._newest()
 

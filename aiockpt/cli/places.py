@@ -8,17 +8,20 @@ __all__ = [
     "open_catalog",
     "opened",
     "tag_dirs",
+    "verifier",
     "work_bytes",
 ]
 
 import contextlib
 import enum
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import NamedTuple
 
 from aiockpt.catalog import Catalog
+from aiockpt.config import EngineConfig
 from aiockpt.errors import CheckpointNotFoundError
+from aiockpt.machinery import Machinery
 from aiockpt.manifest import MANIFEST_PATH, PRIVATE_DIR, Manifest
 from aiockpt.storage.base import ReadFile
 from aiockpt.storage.local import LocalStorage
@@ -100,6 +103,25 @@ def opened(directory: Path, path: str) -> Generator[ReadFile]:
     """Opens `path` below `directory`, following no links below it."""
     with contextlib.closing(_storage(directory).open_read(path)) as file:
         yield file
+
+
+@contextlib.contextmanager
+def verifier(
+    advance: Callable[[int], None],
+) -> Generator[Callable[[ReadFile], int]]:
+    """What checks an open file with all cores, closes it, and returns its CRC-32.
+
+    Args:
+        advance: Told the number of further bytes read, by any thread.
+    """
+    machinery = Machinery("", EngineConfig(host_cache_size=0.125), ())
+    try:
+        yield lambda file: machinery.spawn(
+            machinery.loader.verify(lambda: (file, None), advance)
+        ).result()
+    finally:
+        machinery.stop()
+        machinery.join()
 
 
 def _storage(directory: Path) -> LocalStorage:

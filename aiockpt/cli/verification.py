@@ -7,13 +7,20 @@ from pathlib import Path
 
 import msgspec
 
-from aiockpt.cli.places import Kind, Place, manifest_of, opened, tag_dirs
+from aiockpt.cli.places import (
+    Kind,
+    Place,
+    manifest_of,
+    opened,
+    tag_dirs,
+    verifier,
+)
 from aiockpt.errors import CheckpointError, CheckpointNotFoundError
-from aiockpt.loader import verify_file
 from aiockpt.manifest import FileEntry
 from aiockpt.storage.base import ReadFile
 
 Progress = Callable[[int], None]
+Check = Callable[[ReadFile], int]
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,18 +79,19 @@ def verify(place: Place, advance: Progress) -> Verification:
         CheckpointNotFoundError: The root has no tags: nothing would be verified.
     """
     found = Verification(path=str(place.path))
-    match place.kind:
-        case Kind.FILE:
-            _check_file(found, place.path.parent, place.path.name, None, advance)
-        case Kind.TAG:
-            _check_tag(found, place.path, advance)
-        case Kind.ROOT:
-            dirs = tag_dirs(place.path)
-            if not dirs:
-                message = f"{str(place.path)!r} holds no published tag"
-                raise CheckpointNotFoundError(message)
-            for tag_dir in dirs:
-                _check_tag(found, tag_dir, advance)
+    with verifier(advance) as check:
+        match place.kind:
+            case Kind.FILE:
+                _check_file(found, place.path.parent, place.path.name, None, check)
+            case Kind.TAG:
+                _check_tag(found, place.path, check)
+            case Kind.ROOT:
+                dirs = tag_dirs(place.path)
+                if not dirs:
+                    message = f"{str(place.path)!r} holds no published tag"
+                    raise CheckpointNotFoundError(message)
+                for tag_dir in dirs:
+                    _check_tag(found, tag_dir, check)
     return found
 
 
@@ -94,7 +102,7 @@ def _tag_bytes(tag_dir: Path) -> int:
         return 0
 
 
-def _check_tag(found: Verification, tag_dir: Path, advance: Progress) -> None:
+def _check_tag(found: Verification, tag_dir: Path, check: Check) -> None:
     try:
         manifest = manifest_of(tag_dir)
     except CheckpointError as error:
@@ -102,7 +110,7 @@ def _check_tag(found: Verification, tag_dir: Path, advance: Progress) -> None:
         return
     found.tags.append(manifest.tag)
     for entry in manifest.files:
-        _check_file(found, tag_dir, entry.path, entry, advance)
+        _check_file(found, tag_dir, entry.path, entry, check)
 
 
 def _check_file(
@@ -110,14 +118,14 @@ def _check_file(
     directory: Path,
     path: str,
     entry: FileEntry | None,
-    advance: Progress,
+    check: Check,
 ) -> None:
     full = directory / path
     found.num_files += 1
     try:
         with opened(directory, path) as file:
             found.nbytes += file.nbytes
-            difference = _compare(file, entry, advance)
+            difference = _compare(file, entry, check)
     except CheckpointError as error:
         found.faults.append(_fault(full, error))
         return
@@ -125,18 +133,11 @@ def _check_file(
         found.faults.append(Fault(path=str(full), message=f"{full}: {difference}"))
 
 
-def _compare(file: ReadFile, entry: FileEntry | None, advance: Progress) -> str | None:
+def _compare(file: ReadFile, entry: FileEntry | None, check: Check) -> str | None:
     """How a file that is sound in itself differs from the manifest, if it does."""
     if entry is not None and file.nbytes != entry.nbytes:
         return f"{file.nbytes} bytes, but {entry.nbytes} were written"
-    num_read = 0
-
-    def report(total_read: int) -> None:
-        nonlocal num_read
-        advance(total_read - num_read)
-        num_read = total_read
-
-    crc32 = verify_file(file, report)
+    crc32 = check(file)
     if entry is not None and crc32 != entry.crc32:
         return f"CRC-32 {crc32:08x}, but {entry.crc32:08x} was written"
     return None

@@ -10,7 +10,7 @@ import torch
 from aiockpt.loading.container import Container, container_of
 from aiockpt.loading.reading import Region, named, read_storage
 from aiockpt.loading.safetensors_loading import read_header
-from aiockpt.loading.torch_file import PICKLE_RECORD, TorchFile
+from aiockpt.loading.torch_file import TorchFile
 from aiockpt.outline import TensorOutline, leaves, tensors_in
 from aiockpt.storage.base import ReadFile
 
@@ -85,7 +85,7 @@ def _safetensors_views(file: ReadFile) -> Iterator[tuple[str, View]]:
 
 
 def _torch_views(records: TorchFile) -> Iterator[tuple[str, View]]:
-    for leaf in leaves(records.outline(records.read(PICKLE_RECORD))):
+    for leaf in leaves(records.root):
         if isinstance(leaf.node, TensorOutline):
             yield leaf.key, _torch_view(records, leaf.key, leaf.node)
             continue

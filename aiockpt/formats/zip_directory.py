@@ -161,7 +161,9 @@ def find_directory(tail: bytes, file_nbytes: int) -> DirectorySpan | None:
     is_enough = len(tail) >= min(TAIL_BYTES, file_nbytes)
     base = file_nbytes - len(tail)
     lowest = max(0, len(tail) - _END.size - _U16_MAX)
-    at = tail.rfind(_END_SIGNATURE, lowest, len(tail) - _END.size + 4)
+    # A bound below zero would count from the end of a tail too short for a record.
+    highest = max(0, len(tail) - _END.size + len(_END_SIGNATURE))
+    at = tail.rfind(_END_SIGNATURE, lowest, highest)
     if at < 0 and is_enough:
         raise CorruptCheckpointError(
             "no zip end record: the file is cut off, or is not a torch file",

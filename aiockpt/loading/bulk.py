@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import torch
@@ -43,18 +44,20 @@ class Reads(NamedTuple):
 
     Attributes:
         regions: All that is to be read and checked.
+        mismatch: Makes the error for a region that does not have its checksum.
         kept: Names of those that are handed out as storages.
         fills: Addresses in host memory that the bytes of a region are copied to, by
             the region's name. The memory must outlive the read.
         is_whole: Whether every byte of the file is read, for its checksum.
-        mismatch: Makes the error for a region that does not have its checksum.
+        progress: Told by the workers the number of further bytes that were read.
     """
 
     regions: Sequence[Region]
-    kept: Collection[str]
-    fills: Mapping[str, Sequence[int]]
-    is_whole: bool
     mismatch: Callable[[Region], CorruptCheckpointError]
+    kept: Collection[str] = ()
+    fills: Mapping[str, Sequence[int]] = MappingProxyType({})
+    is_whole: bool = False
+    progress: Callable[[int], None] | None = None
 
 
 class _Part(NamedTuple):
@@ -229,6 +232,8 @@ class BulkRead:
         with view:
             self._file.read_block(block.offset, view)
             parts = self._summed(block, view, address)
+        if self._reads.progress is not None:
+            self._reads.progress(sum(part.nbytes for part in parts))
         run = block.run
         with self._lock:
             run.parts[block.index] = parts

@@ -10,7 +10,7 @@ import torch
 from aiockpt.loading.container import Container, container_of
 from aiockpt.loading.reading import named
 from aiockpt.loading.safetensors_loading import read_header
-from aiockpt.loading.torch_file import PICKLE_RECORD, TorchFile
+from aiockpt.loading.torch_file import TorchFile
 from aiockpt.outline import Leaf, TensorOutline, leaves, tensors_in
 from aiockpt.storage.base import ReadFile
 
@@ -93,11 +93,10 @@ def inspect_file(file: ReadFile) -> FileInfo:
 
 def _inspect_torch(file: ReadFile) -> FileInfo:
     records = TorchFile(file)
-    root = records.outline(records.read(PICKLE_RECORD))
     tensors: list[TensorInfo] = []
     first: dict[str, str] = {}
     num_objects = 0
-    for leaf in leaves(root):
+    for leaf in leaves(records.root):
         found = list(_tensors_of(leaf))
         num_objects += not found
         for key, tensor in found:

@@ -9,6 +9,7 @@ how a fetch goes about it.
 __all__ = [
     "Fetch",
     "Region",
+    "Window",
     "check_header",
     "checksum_mismatch",
     "compare_header",
@@ -65,6 +66,26 @@ class Region(NamedTuple):
     def stop(self) -> int:
         """File offset behind the last byte."""
         return self.offset + self.nbytes
+
+
+class Window(NamedTuple):
+    """Where the elements of one strided tensor stand.
+
+    Attributes:
+        region: The storage that has them.
+        dtype: Element type.
+        shape: Size of each dimension `(ndim,)`.
+        stride: Distance between neighbours, in elements `(ndim,)`.
+        offset: First element, from the region's start in elements.
+        location: Where the tensor was saved, as torch tags it.
+    """
+
+    region: Region
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    location: str
 
 
 Fetch = Callable[[Region], torch.UntypedStorage]

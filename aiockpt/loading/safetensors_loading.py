@@ -1,6 +1,6 @@
 """Loading from a safetensors file: all of it, some tensors, or into given tensors."""
 
-__all__ = ["SafetensorsLoading", "read_header"]
+__all__ = ["SafetensorsLoading", "read_header", "tensor_region"]
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from aiockpt.loading.reader import Reader
 from aiockpt.loading.reading import (
     Fetch,
     Region,
+    Window,
     checksum_mismatch,
     named,
     open_mapping,
@@ -53,6 +54,7 @@ class SafetensorsLoading:
 
     Attributes:
         file: The file.
+        header: What it says of itself.
         placement: Where tensors go.
         reader: What tensors are read with.
         is_mapped: Whether tensors are slices of a mapping of the file.
@@ -60,13 +62,14 @@ class SafetensorsLoading:
     """
 
     file: ReadFile
+    header: Header
     placement: Placement
     reader: Reader
     is_mapped: bool
     is_whole: bool
 
     def load(
-        self, keys: Sequence[str] | None
+        self, keys: Sequence[str] | None = None
     ) -> tuple[dict[str, torch.Tensor], int | None]:
         """Returns the tensors (named by `keys`), in the order of their bytes.
 
@@ -82,6 +85,21 @@ class SafetensorsLoading:
         with self.reader.reading(self.file, reads) as bulk:
             tensors = self._tensors(entries, bulk.storage)
             return tensors, bulk.wait() if is_whole else None
+
+    def keys(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self.header.entries)
+
+    def load_keys(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The tensors named, by name; reads nothing of the others."""
+        return self.load(keys)[0]
+
+    def window(self, key: str) -> Window:
+        """Where the elements of one tensor stand."""
+        (entry,) = self._entries([key]).values()
+        stride = _row_major(entry.shape)
+        region = tensor_region(entry)
+        return Window(region, entry.dtype, entry.shape, stride, 0, _LOCATION)
 
     def load_into(
         self, targets: Targets, keys: Sequence[str] | None
@@ -104,7 +122,7 @@ class SafetensorsLoading:
         indirect: dict[str, Piece] = {}
         for name, entry in entries.items():
             piece = Piece(tensors[name], 0, _row_major(entry.shape))
-            if is_image(piece, _region(entry)):
+            if is_image(piece, tensor_region(entry)):
                 direct[name] = [piece.target.data_ptr()]
             else:
                 indirect[name] = piece
@@ -123,7 +141,7 @@ class SafetensorsLoading:
         # One after the other, so that only one is in memory twice.
         reads = self._reads({entry.name: entry}, kept=(entry.name,), is_whole=False)
         with self.reader.reading(self.file, reads) as bulk:
-            copy_into(piece.target, show(bulk.storage(_region(entry)), piece))
+            copy_into(piece.target, show(bulk.storage(tensor_region(entry)), piece))
 
     def _reads(
         self,
@@ -134,7 +152,7 @@ class SafetensorsLoading:
         is_whole: bool,
     ) -> Reads:
         return Reads(
-            regions=[_region(entry) for entry in entries.values()],
+            regions=[tensor_region(entry) for entry in entries.values()],
             kept=kept,
             fills=fills or {},
             is_whole=is_whole,
@@ -142,7 +160,7 @@ class SafetensorsLoading:
         )
 
     def _entries(self, keys: Sequence[str] | None) -> dict[str, TensorEntry]:
-        entries = dict(read_header(self.file).entries)
+        entries = dict(self.header.entries)
         return entries if keys is None else select(self.file.path, keys, entries)
 
     def _tensors(
@@ -151,7 +169,7 @@ class SafetensorsLoading:
         return {name: self._tensor(entry, fetch) for name, entry in entries.items()}
 
     def _tensor(self, entry: TensorEntry, fetch: Fetch) -> torch.Tensor:
-        storage = fetch(_region(entry))
+        storage = fetch(tensor_region(entry))
         if entry.start % entry.dtype.itemsize:
             # The format allows it, and readers of such memory do not expect it.
             storage = storage.clone()  # type: ignore[no-untyped-call]
@@ -164,7 +182,8 @@ def _meta(entry: TensorEntry) -> torch.Tensor:
     return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
 
-def _region(entry: TensorEntry) -> Region:
+def tensor_region(entry: TensorEntry) -> Region:
+    """Where a tensor's bytes stand."""
     return Region(entry.name, entry.start, entry.nbytes, None)
 
 

@@ -1,18 +1,25 @@
 """Which tensors of a file are meant: those named, or those that have a target."""
 
-__all__ = ["Described", "Targets", "check_targets", "select"]
+__all__ = [
+    "Described",
+    "Targets",
+    "check_targets",
+    "is_plain",
+    "select",
+    "tensors_by_key",
+]
 
 import difflib
 import fnmatch
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Final, NamedTuple, Self, TypeVar, cast
+from typing import Final, NamedTuple, Self, TypeGuard, TypeVar, cast
 
 import torch
 
 from aiockpt.errors import CheckpointNotFoundError, InvalidArgumentError
-from aiockpt.outline import segment
+from aiockpt.outline import TensorOutline, is_tensor, leaves, segment
 
 _MAX_DEPTH: Final = 200
 _MAX_COMPARED: Final = 5000
@@ -49,6 +56,21 @@ class Described(NamedTuple):
             reason = "a nested tensor cannot be filled"
             return cls(tensor.dtype, (), tensor.layout, wrapper, reason)
         return cls(tensor.dtype, tuple(tensor.shape), tensor.layout, wrapper)
+
+
+def tensors_by_key(root: object) -> tuple[dict[str, object], set[str]]:
+    """Returns the tensors of an outline, and key paths that two of them have."""
+    nodes: dict[str, object] = {}
+    clashes: set[str] = set()
+    for key, node in leaves(root):
+        if is_tensor(node) and nodes.setdefault(key, node) is not node:
+            clashes.add(key)
+    return nodes, clashes
+
+
+def is_plain(node: object) -> TypeGuard[TensorOutline]:
+    """Whether bytes, dtype, shape and stride are all there is to the tensor."""
+    return isinstance(node, TensorOutline) and node.is_strided
 
 
 def select(

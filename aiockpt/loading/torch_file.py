@@ -4,6 +4,7 @@ __all__ = ["PICKLE_RECORD", "TorchFile", "storage_record"]
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Final
 
 from aiockpt.errors import CorruptCheckpointError, InvalidArgumentError
@@ -16,7 +17,7 @@ from aiockpt.formats.zip_directory import (
     find_directory,
     parse_directory,
 )
-from aiockpt.loading.reading import Region, named, read_bytes
+from aiockpt.loading.reading import Region, checksum_mismatch, named, read_bytes
 from aiockpt.outline import TensorOutline, leaves, outline, storage_keys
 from aiockpt.storage.base import ReadFile
 
@@ -130,14 +131,24 @@ class TorchFile:
         """Returns a record's bytes, checked; errors as those of `region`."""
         return read_bytes(self.file, self.region(name))
 
-    def outline(self, data: bytes) -> object:
-        """Returns what the pickle `data` of this file describes.
+    @cached_property
+    def pickle(self) -> bytes:
+        """The pickle, checked; errors as those of `read`."""
+        return self.read(PICKLE_RECORD)
 
-        Raises:
-            CorruptCheckpointError: As `aiockpt.outline.outline`.
-        """
+    @cached_property
+    def root(self) -> object:
+        """What the pickle describes; errors also as those of `outline`."""
         with named(self.file):
-            return outline(data)
+            return outline(self.pickle)
+
+    def mismatch(self, region: Region) -> CorruptCheckpointError:
+        """The error for a record without its checksum; names the tensor if it can."""
+        try:
+            with self.keyed(region.name):
+                raise checksum_mismatch(self.file, region)
+        except CorruptCheckpointError as error:
+            return error
 
     @contextmanager
     def keyed(self, record: str) -> Generator[None]:
@@ -155,7 +166,7 @@ class TorchFile:
     def _key_of(self, record: str) -> str | None:
         """Key path of the first tensor that uses the record, if it can be told."""
         with suppress(CorruptCheckpointError):
-            for leaf in leaves(self.outline(self.read(PICKLE_RECORD))):
+            for leaf in leaves(self.root):
                 if record in map(storage_record, storage_keys(leaf.node)):
                     return leaf.key
         return None

@@ -5,7 +5,7 @@ __all__ = ["TorchLoading"]
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeGuard, cast
+from typing import cast
 
 import torch
 
@@ -17,7 +17,7 @@ from aiockpt.loading.reader import Reader
 from aiockpt.loading.reading import (
     Fetch,
     Region,
-    checksum_mismatch,
+    Window,
     open_mapping,
     read_storage,
 )
@@ -25,12 +25,14 @@ from aiockpt.loading.selecting import (
     Described,
     Targets,
     check_targets,
+    is_plain,
     select,
+    tensors_by_key,
 )
 from aiockpt.loading.storages import StorageLoader
-from aiockpt.loading.torch_file import PICKLE_RECORD, TorchFile, storage_record
+from aiockpt.loading.torch_file import TorchFile, storage_record
 from aiockpt.loading.unpickling import Unpickling
-from aiockpt.outline import TensorOutline, emit, is_tensor, leaves, storage_keys
+from aiockpt.outline import TensorOutline, emit, storage_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class TorchLoading:
         records: The file.
         placement: Where tensors go.
         unpickling: How the pickle is run.
-        reader: What large records are read with.
+        reader: What storages are read with.
         is_mapped: Whether storages are slices of a mapping of the file.
         is_whole: Whether a full load reads every byte, to check it.
     """
@@ -55,7 +57,7 @@ class TorchLoading:
 
     def load(self) -> tuple[object, int | None]:
         """Returns what was saved, and the file's CRC-32 where all of it was read."""
-        data = self.records.read(PICKLE_RECORD)
+        data = self.records.pickle
         if self.is_mapped:
             return self._run(data, open_mapping(self.records.file)), None
         if self.placement.may_be_meta:
@@ -69,9 +71,21 @@ class TorchLoading:
 
     def load_keys(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         """Returns the tensors named, by key path; reads nothing of the others."""
-        data = self.records.read(PICKLE_RECORD)
-        nodes = self._tensors(self.records.outline(data), keys)
-        return self._make(nodes, data)
+        return self._make(self._tensors(keys))
+
+    def keys(self) -> list[str]:
+        """The key paths of all tensors."""
+        return [*self._tensors(None)]
+
+    def window(self, key: str) -> Window:
+        """Where the elements of one tensor stand; errors as those of `Loading`."""
+        ((name, node),) = self._tensors([key]).items()
+        if not is_plain(node) or node.storage_key is None:
+            text = f"{self.records.file.path}: {name!r} is not kept as rows"
+            raise InvalidArgumentError(text)
+        region = self.records.tensor_region(name, node)
+        sizes = node.dtype, node.shape, node.stride, node.offset
+        return Window(region, *sizes, node.device)
 
     def load_into(
         self, targets: Targets, keys: Sequence[str] | None
@@ -82,13 +96,11 @@ class TorchLoading:
         or where misfits are left out, only what is filled is returned, by key path.
         The file's CRC-32 comes with it where all of it was read.
         """
-        data = self.records.read(PICKLE_RECORD)
-        root = self.records.outline(data)
         path = self.records.file.path
-        nodes = self._tensors(root, keys)
+        nodes = self._tensors(keys)
         nodes, tensors = targets.matched(path, nodes, is_chosen=keys is not None)
-        special = {key: node for key, node in nodes.items() if not _is_plain(node)}
-        sources = self._make(special, data) if special else {}
+        special = {key: node for key, node in nodes.items() if not is_plain(node)}
+        sources = self._make(special) if special else {}
         described = {
             key: _described(sources.get(key, node)) for key, node in nodes.items()
         }
@@ -98,7 +110,8 @@ class TorchLoading:
         numbers: dict[int, int] = {}
         for number, node in enumerate(nodes.values()):
             numbers.setdefault(id(node), number)
-        pickle = emit(root if is_all else nodes, like=data, substitutes=numbers)
+        shown = self.records.root if is_all else nodes
+        pickle = emit(shown, like=self.records.pickle, substitutes=numbers)
         substitutes = [tensors[key] for key in nodes]
         result = self._run(pickle, self._fetch(None), substitutes)
         for key, source in sources.items():
@@ -133,22 +146,13 @@ class TorchLoading:
             kept=kept,
             fills=fills or {},
             is_whole=self.is_whole if is_whole is None else is_whole,
-            mismatch=self._mismatch,
+            mismatch=self.records.mismatch,
         )
 
-    def _mismatch(self, region: Region) -> CorruptCheckpointError:
-        try:
-            with self.records.keyed(region.name):
-                raise checksum_mismatch(self.records.file, region)
-        except CorruptCheckpointError as error:
-            return error
-
-    def _make(
-        self, nodes: Mapping[str, object], data: bytes
-    ) -> dict[str, torch.Tensor]:
+    def _make(self, nodes: Mapping[str, object]) -> dict[str, torch.Tensor]:
         # A pickle of just these tensors: whatever a tensor of any kind is made of,
         # and nothing else, is read and made as it would be in a full load.
-        pickle = emit(dict(nodes), like=data)
+        pickle = emit(dict(nodes), like=self.records.pickle)
         if self.is_mapped:
             made = self._run(pickle, open_mapping(self.records.file))
         elif self.placement.may_be_meta:
@@ -162,13 +166,9 @@ class TorchLoading:
                 made = self._run(pickle, self._fetch(bulk))
         return cast("dict[str, torch.Tensor]", made)
 
-    def _tensors(self, root: object, keys: Sequence[str] | None) -> dict[str, object]:
+    def _tensors(self, keys: Sequence[str] | None) -> dict[str, object]:
         """The tensors meant, by key path."""
-        nodes: dict[str, object] = {}
-        clashes: set[str] = set()
-        for key, node in leaves(root):
-            if is_tensor(node) and nodes.setdefault(key, node) is not node:
-                clashes.add(key)
+        nodes, clashes = tensors_by_key(self.records.root)
         path = self.records.file.path
         chosen = nodes if keys is None else select(path, keys, nodes)
         for key in clashes & chosen.keys():
@@ -182,7 +182,7 @@ class TorchLoading:
         """What to read where, by record: each is read once for all its tensors."""
         fills: dict[str, tuple[Region, list[Piece]]] = {}
         for key, node in nodes.items():
-            if _is_plain(node) and node.storage_key is not None:
+            if is_plain(node) and node.storage_key is not None:
                 region = self.records.tensor_region(key, node)
                 piece = Piece(targets[key], node.offset, node.stride)
                 fills.setdefault(region.name, (region, []))[1].append(piece)
@@ -226,11 +226,6 @@ class TorchLoading:
         except RuntimeError as error:
             text = f"{self.records.file.path}: {key!r} cannot be filled: {error}"
             raise InvalidArgumentError(text) from error
-
-
-def _is_plain(node: object) -> TypeGuard[TensorOutline]:
-    """Whether bytes, dtype, shape and stride are all there is to the tensor."""
-    return isinstance(node, TensorOutline) and node.is_strided
 
 
 def _described(tensor: object) -> Described:

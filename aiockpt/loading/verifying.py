@@ -2,21 +2,24 @@
 
 __all__ = ["verify_file"]
 
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable
+from functools import partial
 
-from isal.isal_zlib import crc32
-
+from aiockpt.errors import CorruptCheckpointError
+from aiockpt.loading.bulk import Reads
 from aiockpt.loading.container import Container, container_of
+from aiockpt.loading.reader import Reader
 from aiockpt.loading.reading import Region, checksum_mismatch, named
-from aiockpt.loading.safetensors_loading import read_header
+from aiockpt.loading.safetensors_loading import read_header, tensor_region
 from aiockpt.loading.torch_file import TorchFile
 from aiockpt.storage.base import ReadFile
 
-_BLOCK_BYTES: Final = 4 << 20
+Mismatch = Callable[[Region], CorruptCheckpointError]
 
 
-def verify_file(file: ReadFile, progress: Callable[[int], None] | None = None) -> int:
+def verify_file(
+    file: ReadFile, reader: Reader, progress: Callable[[int], None] | None = None
+) -> int:
     """Reads the whole file, checks what it says of itself, returns its CRC-32.
 
     Checked are the structure and, of a torch file that has them, the checksums of
@@ -25,7 +28,8 @@ def verify_file(file: ReadFile, progress: Callable[[int], None] | None = None) -
 
     Args:
         file: The file, open for reading; stays open and the caller's.
-        progress: Called with the number of further bytes read, every few MiB.
+        reader: What it is read with.
+        progress: Called by the workers with the number of further bytes read.
 
     Raises:
         CorruptCheckpointError: The file is cut off or malformed, or a record does
@@ -35,53 +39,12 @@ def verify_file(file: ReadFile, progress: Callable[[int], None] | None = None) -
     """
     with named(file):
         if container_of(file) is Container.SAFETENSORS:
-            read_header(file)
-            return _verify(file, None, progress)
-        return _verify(file, TorchFile(file), progress)
-
-
-def _verify(
-    file: ReadFile, records: TorchFile | None, progress: Callable[[int], None] | None
-) -> int:
-    regions = [] if records is None else [*map(records.region, records.entries)]
-    sums = _Sums(sorted(regions, key=lambda region: region.offset))
-    whole = 0
-    buffer = memoryview(bytearray(min(_BLOCK_BYTES, file.nbytes)))
-    for start in range(0, file.nbytes, _BLOCK_BYTES):
-        block = buffer[: file.nbytes - start]
-        file.read_into(start, block)
-        whole = crc32(block, whole)
-        bad = sums.add(start, block)
-        if records is not None and bad is not None:
-            with records.keyed(bad.name):
-                raise checksum_mismatch(file, bad)
-        if progress is not None:
-            progress(len(block))
-    return whole
-
-
-class _Sums:
-    """Running checksums of regions that come in the order of their offsets."""
-
-    def __init__(self, regions: Sequence[Region]) -> None:
-        self._regions = regions
-        self._index = 0
-        self._sum = 0
-
-    def add(self, start: int, block: memoryview) -> Region | None:
-        """Sums the next bytes of the file; returns a region that turned out bad."""
-        stop = start + len(block)
-        while self._index < len(self._regions):
-            region = self._regions[self._index]
-            end = region.offset + region.nbytes
-            first, last = max(region.offset, start), min(end, stop)
-            if first > last:
-                break
-            self._sum = crc32(block[first - start : last - start], self._sum)
-            if end > stop:
-                break
-            if region.crc32 not in (None, self._sum):
-                return region
-            self._index += 1
-            self._sum = 0
-        return None
+            regions = [*map(tensor_region, read_header(file).entries.values())]
+            mismatch: Mismatch = partial(checksum_mismatch, file)
+        else:
+            records = TorchFile(file)
+            regions = [*map(records.region, records.entries)]
+            mismatch = records.mismatch
+        reads = Reads(regions, mismatch, is_whole=True, progress=progress)
+        with reader.reading(file, reads) as bulk:
+            return bulk.wait()

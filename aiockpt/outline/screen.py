@@ -8,7 +8,6 @@ ever, to fill the memory or to exhaust the stack. So the pickle is run here firs
 __all__ = ["screen"]
 
 import re
-from collections.abc import Iterable
 from typing import Final, cast
 
 from aiockpt.errors import CorruptCheckpointError
@@ -72,7 +71,7 @@ class _Screening:
 
 def _check_hashable(items: object) -> None:
     if isinstance(items, list | tuple):
-        for item in cast("Iterable[object]", items):
+        for item in cast("list[object]", items):
             hashable(item)
 
 
@@ -80,7 +79,7 @@ def _keys(pairs: object) -> object:
     """What stands first in each pair, where there are pairs."""
     if not isinstance(pairs, list | tuple):
         return ()
-    items = cast("Iterable[object]", pairs)
+    items = cast("list[object]", pairs)
     return [pair[0] for pair in items if isinstance(pair, list | tuple) and pair]
 
 

@@ -65,7 +65,7 @@ def leaves(root: object) -> Iterator[Leaf]:
             if parents:
                 parents.popitem()
             continue
-        budget.spend(len(key) + _STEPS_PER_VISIT, is_new=is_new)
+        budget.spend_path(key, is_new=is_new)
         children = _children(node)
         if children is None:
             if isinstance(node, Call):
@@ -99,18 +99,22 @@ class _Budget:
         self._met.add(id(node))
         return len(self._met) > num_met
 
-    def spend(self, num_steps: int, *, is_new: bool) -> None:
-        """Takes steps off, and adds some for what is new; refuses if none are left."""
-        if is_new:
-            self._steps += _GAIN_FACTOR * min(num_steps, _MAX_GAIN)
-        self._steps -= num_steps
-        if self._steps < 0:
-            raise CorruptCheckpointError("the pickle has paths beyond all measure")
+    def spend_path(self, key: str, *, is_new: bool) -> None:
+        """Takes off what the visit of a node by this path costs."""
+        num_steps = len(key) + _STEPS_PER_VISIT
+        # A long key stands in the pickle once and in the paths of all its children.
+        self._spend(num_steps, min(num_steps, _MAX_GAIN) if is_new else 0)
 
     def spend_parts(self, node: object) -> None:
         """Takes off what it costs to look at all that an object is made of."""
         for part in _walk(node):
-            self.spend(_STEPS_PER_PART, is_new=self.is_new(part))
+            num_steps = _STEPS_PER_PART * (1 + len(_parts(part)))
+            self._spend(num_steps, num_steps if self.is_new(part) else 0)
+
+    def _spend(self, num_steps: int, num_new: int) -> None:
+        self._steps += _GAIN_FACTOR * num_new - num_steps
+        if self._steps < 0:
+            raise CorruptCheckpointError("the pickle has paths beyond all measure")
 
 
 def segment(name: object) -> str:

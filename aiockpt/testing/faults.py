@@ -122,7 +122,8 @@ class FlipBit:
     """One bit is another on its way through a read or write.
 
     Attributes:
-        offset: The byte with it, counted from the beginning of what is moved.
+        offset: The byte with it, counted from the beginning of what is moved, and
+            from there again where less is moved.
         bit: Which of its bits, 0 to 7.
     """
 
@@ -133,7 +134,8 @@ class FlipBit:
         """The number of bytes moved: all."""
         if moment.name == "pread":
             num_moved = moment.make()
-            _buffer(moment)[self.offset] ^= 1 << self.bit
+            buffer = _buffer(moment)
+            buffer[self.offset % len(buffer)] ^= 1 << self.bit
             return num_moved
         source = _buffer(moment)
         descriptor, _, *place = moment.args
@@ -141,7 +143,7 @@ class FlipBit:
         # own, as a direct write needs them.
         with mmap.mmap(-1, len(source)) as wrong:
             wrong[:] = source
-            wrong[self.offset] ^= 1 << self.bit
+            wrong[self.offset % len(source)] ^= 1 << self.bit
             return _write(moment.name, descriptor, wrong, place)
 
 
@@ -176,7 +178,9 @@ class Kill:
     def __call__(self, moment: Moment) -> object:
         """Does not return."""
         if self.when == "after":
-            moment.make()
+            # Whatever came of it.
+            with contextlib.suppress(OSError):
+                moment.make()
         elif self.when == "half-way" and moment.name in _MOVING:
             half = len(_buffer(moment)) // 2
             _move(moment, half // _BLOCK * _BLOCK or half)

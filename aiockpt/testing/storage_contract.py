@@ -153,27 +153,30 @@ class StorageContract:
     def test_a_cancelled_write_has_ended_when_it_returns(
         self, storage: Storage
     ) -> None:
-        ended: list[None] = []
+        has_returned: list[bool] = []
 
         async def work() -> None:
             file = await storage.create("f", _PAGE)
             loop = asyncio.get_running_loop()
 
-            def prepare() -> None:
-                # Cancelled by the loop's next turn, while this goes on.
-                asyncio.run_coroutine_threadsafe(cancel(), loop).result()
-                ended.append(None)
-
             async def cancel() -> None:
                 task.cancel()
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                has_returned.append(task.done())
+
+            def prepare() -> None:
+                # Returns when the waiter has had its turns, to go if it would.
+                asyncio.run_coroutine_threadsafe(cancel(), loop).result()
 
             task = asyncio.ensure_future(file.write(0, _pages(_PAGE), prepare))
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert ended
             await file.close()
 
         self.run(work())
+
+        assert has_returned == [False]
 
     def test_a_name_that_is_taken_is_not_written_over(self, storage: Storage) -> None:
         storage.write_durable("f", b"old")

@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -31,7 +31,7 @@ from aiockpt.errors import (
     InvalidArgumentError,
     UnsafePickleError,
 )
-from aiockpt.loader import LoadOptions, inspect_file, verify_file
+from aiockpt.loader import LoadOptions, inspect_file
 from aiockpt.loading.placing import Placement
 from aiockpt.loading.reading import read_storage
 from aiockpt.loading.storages import StorageLoader
@@ -84,26 +84,32 @@ def opened(path: Path) -> Iterator[PlainFile]:
         file.close()
 
 
-@contextmanager
-def loader() -> Iterator[Callable[..., object]]:
-    """Loads open files with one set of threads; closes them."""
-    machinery = Machinery("", EngineConfig(host_cache_size=0.0625), ())
+class Threads:
+    """What loads and verifies open files, and closes them."""
 
-    def load_with(file: PlainFile, **options: object) -> object:
-        work = machinery.loader.load(lambda: (file, None), LoadOptions(**options))
-        return machinery.spawn(work).result()
+    def __init__(self) -> None:
+        self._machinery = Machinery("", EngineConfig(host_cache_size=0.0625), ())
+        self._loader = self._machinery.loader
 
-    try:
-        yield load_with
-    finally:
-        machinery.stop()
-        machinery.join()
+    def load(self, file: PlainFile, **options: object) -> object:
+        work = self._loader.load(lambda: (file, None), LoadOptions(**options))
+        return self._machinery.spawn(work).result()
+
+    def verify(
+        self, file: PlainFile, progress: Callable[[int], None] | None = None
+    ) -> int:
+        work = self._loader.verify(lambda: (file, None), progress)
+        return self._machinery.spawn(work).result()
+
+    def close(self) -> None:
+        self._machinery.stop()
+        self._machinery.join()
 
 
 def load_opened(file: PlainFile, **options: object) -> object:
     """What a load makes of a file that is watched; closes it."""
-    with loader() as load_with:
-        return load_with(file, **options)
+    with closing(Threads()) as threads:
+        return threads.load(file, **options)
 
 
 def load(path: Path, **options: object) -> object:
@@ -787,10 +793,10 @@ def test_no_changed_byte_ever_gives_other_data(path):
     state = small_file(path)
     good = path.read_bytes()
     num_refused = 0
-    with loader() as load_with:
+    with closing(Threads()) as threads:
         uses = {
-            "load": lambda path: load_with(PlainFile(path)),
-            "fill": lambda path: load_with(PlainFile(path), into=zeroed(state)),
+            "load": lambda path: threads.load(PlainFile(path)),
+            "fill": lambda path: threads.load(PlainFile(path), into=zeroed(state)),
             "inspect": inspect_path,
         }
         for at in range(len(good)):
@@ -804,7 +810,7 @@ def test_no_changed_byte_ever_gives_other_data(path):
                     assert str(path) in str(result)
                 elif name != "inspect":
                     assert_same_state(result, state)
-            checksum = outcome(verify_path, path)
+            checksum = outcome(threads.verify, PlainFile(path))
             assert isinstance(checksum, CheckpointError) or (
                 checksum == zlib.crc32(data) != zlib.crc32(good)
             )
@@ -814,13 +820,14 @@ def test_no_changed_byte_ever_gives_other_data(path):
 def test_no_shorter_file_ever_loads(path):
     small_file(path)
     good = path.read_bytes()
-    with loader() as load_with:
-        uses = (lambda path: load_with(PlainFile(path)), inspect_path, verify_path)
+    with closing(Threads()) as threads:
         for length in range(len(good)):
             path.write_bytes(good[:length])
-            for use in uses:
+            for use in (threads.load, threads.verify):
                 with pytest.raises(CorruptCheckpointError):
-                    use(path)
+                    use(PlainFile(path))
+            with pytest.raises(CorruptCheckpointError):
+                inspect_path(path)
 
 
 def inspect_path(path: Path) -> object:
@@ -828,9 +835,9 @@ def inspect_path(path: Path) -> object:
         return inspect_file(file)
 
 
-def verify_path(path: Path) -> int:
-    with opened(path) as file:
-        return verify_file(file)
+def verify_path(path: Path, progress: Callable[[int], None] | None = None) -> int:
+    with closing(Threads()) as threads:
+        return threads.verify(PlainFile(path), progress)
 
 
 def flip(path: Path, old: bytes, at: int = 0) -> int:
@@ -1236,8 +1243,8 @@ def test_verifying_reads_everything_once_and_returns_the_checksum(path):
         {"a": torch.randn(3 << 20), "b": [torch.ones(n) for n in range(50)]}, path
     )
     seen: list[int] = []
-    with opened(path) as file:
-        checksum = verify_file(file, seen.append)
+    with opened(path) as file, closing(Threads()) as threads:
+        checksum = threads.verify(file, seen.append)
         num_read = sum(size for _, size in file.reads)
     assert checksum == zlib.crc32(path.read_bytes())
     assert sum(seen) == path.stat().st_size

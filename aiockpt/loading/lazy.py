@@ -1,0 +1,119 @@
+"""A file that stays open, of which tensors, or rows of one, are read one by one."""
+
+__all__ = ["LazyFile", "Loading"]
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from aiockpt.errors import InvalidArgumentError
+from aiockpt.loading.bulk import Reads
+from aiockpt.loading.inspecting import inspect_file
+from aiockpt.loading.placing import Placement
+from aiockpt.loading.reader import Reader
+from aiockpt.loading.reading import (
+    Region,
+    Window,
+    check_header,
+    checksum_mismatch,
+    named,
+)
+from aiockpt.storage.base import ReadFile
+
+
+class Loading(Protocol):
+    """What both containers can be asked."""
+
+    def keys(self) -> list[str]:
+        """The key paths of all tensors."""
+        ...
+
+    def load_keys(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The tensors that the key paths or globs name, by key path."""
+        ...
+
+    def window(self, key: str) -> Window:
+        """Where the elements of one tensor stand.
+
+        Raises:
+            CheckpointNotFoundError: There is no such tensor.
+            InvalidArgumentError: It is of a kind that is more than its elements.
+        """
+        ...
+
+
+class LazyFile:
+    """One open file. Its methods block: call them in a worker.
+
+    Attributes:
+        info: What is in the file.
+        keys: Key paths of the tensors that `load` takes.
+    """
+
+    def __init__(
+        self,
+        file: ReadFile,
+        placement: Placement,
+        loading: Callable[[Reader], Loading],
+        reader: Reader,
+    ) -> None:
+        """Reads what the file says of itself; errors as those of `inspect_file`.
+
+        Args:
+            file: Becomes this object's, unless it raises.
+            placement: Where tensors go.
+            loading: How a reader loads from the file.
+            reader: What this call reads with.
+        """
+        # One call at a time, so that none reads from a file that another closes.
+        self._lock = threading.Lock()
+        self._file = file
+        self._placement = placement
+        self._loading = loading
+        self.info = inspect_file(file)
+        self.keys = tuple(loading(reader).keys())
+
+    def load(self, keys: Sequence[str], reader: Reader) -> dict[str, torch.Tensor]:
+        """The tensors that the key paths or globs name, by key path."""
+        with self._lock, named(self._file):
+            return self._loading(reader).load_keys(keys)
+
+    def rows(
+        self, key: str, start: int, stop: int | None, reader: Reader
+    ) -> torch.Tensor:
+        """The part `[start:stop]` of a tensor along its first dimension."""
+        with self._lock, named(self._file):
+            window = self._loading(reader).window(key)
+            if not window.shape:
+                raise InvalidArgumentError(f"{self._file.path}: {key!r} has no rows")
+            check_header(self._file, window.region)
+            chosen = range(window.shape[0])[start:stop]
+            shape = (len(chosen), *window.shape[1:])
+            part = _part(window, chosen.start, shape)
+            # A part has no checksum of its own.
+            mismatch = partial(checksum_mismatch, self._file)
+            reads = Reads([part], mismatch, kept=(part.name,))
+            with reader.reading(self._file, reads) as bulk:
+                storage = self._placement.place(bulk.storage(part), window.location)
+            rows = torch.empty(0, dtype=window.dtype, device=storage.device)
+            return rows.set_(storage, 0, shape, window.stride)
+
+    def close(self) -> None:
+        """Closes the file, once nothing is read from it. Idempotent."""
+        with self._lock:
+            self._file.close()
+
+
+def _part(window: Window, start: int, shape: tuple[int, ...]) -> Region:
+    """The bytes from the first to the last element of some rows."""
+    first = window.offset + start * window.stride[0]
+    span = 0
+    if 0 not in shape:
+        pairs = zip(shape, window.stride, strict=True)
+        span = 1 + sum((size - 1) * step for size, step in pairs)
+    width = window.dtype.itemsize
+    region = window.region
+    return Region(region.name, region.offset + first * width, span * width, None)
