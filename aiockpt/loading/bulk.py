@@ -202,6 +202,9 @@ class BulkRead:
                     lanes.create_task(self._read_blocks(blocks, ring, workers))
         except BaseExceptionGroup as errors:
             self._fail(errors.exceptions[0])
+        finally:
+            # Whatever ended it, nobody is left waiting.
+            self.stop()
 
     async def _read_blocks(
         self,

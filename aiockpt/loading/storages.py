@@ -115,11 +115,11 @@ class StorageLoader:
         if placed is None or placed.record_nbytes != nbytes:
             with self._records.keyed(storage_record(key)):
                 region = self._records.storage_region(key, nbytes)
-                if self._placement.is_meta(location):
-                    check_header(self._records.file, region)
-                    storage = _meta_storage(region)
-                else:
-                    storage = self._placement.place(self._fetch(region), location)
+            if self._placement.is_meta(location):
+                check_header(self._records.file, region)
+                storage = _meta_storage(region)
+            else:
+                storage = self._placement.place(self._fetch(region), location)
             placed = _Placed(storage, storage.nbytes(), nbytes)
             self._placed[key] = placed
         return placed.storage

@@ -4,7 +4,6 @@ __all__ = ["TorchLoading"]
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 
 import torch
@@ -126,12 +125,14 @@ class TorchLoading:
 
     def _fetch(self, bulk: BulkRead | None) -> Fetch:
         """Takes storages from the bulk read, and reads what is not in it."""
-        read = partial(read_storage, self.records.file)
-        if bulk is None:
-            return read
-        return lambda region: (
-            bulk.storage(region) if bulk.holds(region) else read(region)
-        )
+
+        def fetch(region: Region) -> torch.UntypedStorage:
+            if bulk is not None and bulk.holds(region):
+                return bulk.storage(region)
+            with self.records.keyed(region.name):
+                return read_storage(self.records.file, region)
+
+        return fetch
 
     def _reads(
         self,

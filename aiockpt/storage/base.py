@@ -34,8 +34,8 @@ class ReadFile(Protocol):
     def read_block(self, offset: int, view: memoryview) -> None:
         """Fills `view` from `offset`, as far as the file goes, at the disk's speed.
 
-        Bytes of `view` behind the end of the file are left as they are. May be
-        called by several threads at once. What is in the page cache is taken from
+        What `view` has behind the end of the file is undefined. May be called by
+        several threads at once. What is in the page cache is taken from
         there; the rest goes around it where the file system can.
 
         Args:

@@ -52,9 +52,14 @@ class LocalReadFile:
         if not stat.S_ISREG(status.st_mode):
             raise StorageError(errno.EINVAL, "not a regular file", full)
         self.nbytes = status.st_size
+        # What is read in small pieces is scattered: reading ahead of it, megabytes
+        # at a time, would read many times what a partial load needs.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         self._lock = threading.Lock()
         # A second descriptor for direct reads; None where there can be none.
         self._direct: int | None = _UNTRIED
+        self._is_refused = False
         # Where the file is mapped, only to ask which pages are cached.
         self._mapping: int | None = _UNTRIED
 
@@ -87,7 +92,7 @@ class LocalReadFile:
                     if error.errno != errno.EINVAL:
                         raise self._error(error) from error
                     # Some file systems take the flag at open and refuse it here.
-                    self._direct = None
+                    self._is_refused = True
                     break
             if count == 0:
                 break
@@ -120,7 +125,7 @@ class LocalReadFile:
                     with contextlib.suppress(OSError):
                         flags = os.O_RDONLY | os.O_CLOEXEC | _O_DIRECT
                         self._direct = os.open(name, flags)
-            return self._direct
+            return None if self._is_refused else self._direct
 
     def _is_cached(self, offset: int, nbytes: int) -> bool:
         """Whether all these bytes are in the page cache: copying them is faster."""

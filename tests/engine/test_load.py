@@ -1,0 +1,261 @@
+"""Loading through an engine: what it reads, what it fills, and how it ends early."""
+
+import asyncio
+import logging
+
+import pytest
+import torch
+
+import aiockpt
+from aiockpt.storage import local_read
+from gates import Gate
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+async def engine(root):
+    config = {"host_cache_size": 8 * MIB / (1 << 30), "parser_threads": 3}
+    async with aiockpt.CheckpointEngine(root, config) as engine:
+        yield engine
+
+
+def model_state(num_bytes=24 * MIB):
+    generator = torch.Generator().manual_seed(5)
+    large = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8, generator=generator)
+    small = [torch.randn(n + 1, generator=generator) for n in range(40)]
+    return {"large": large, "small": small, "step": 7}
+
+
+async def saved(engine, state, name="model.pt", tag="one"):
+    await engine.create(tag)
+    await engine.save(state, name)
+    await engine.commit(tag)
+
+
+class Reads:
+    """Stands between a load and the file system."""
+
+    def __init__(self, monkeypatch):
+        self.blocks = []
+        self.gate = None
+        self.error = None
+        read_block = local_read.LocalReadFile.read_block
+
+        def watched(file, offset, view):
+            if self.gate is not None:
+                self.gate.pass_through()
+            if self.error is not None:
+                raise self.error
+            self.blocks.append((offset, len(view)))
+            read_block(file, offset, view)
+
+        monkeypatch.setattr(local_read.LocalReadFile, "read_block", watched)
+
+    def hold(self):
+        self.gate = Gate()
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    return Reads(monkeypatch)
+
+
+async def test_a_state_larger_than_the_ring_is_loaded_and_filled(engine):
+    state = model_state()
+    await saved(engine, state)
+    made = await engine.load("model.pt")
+    into = {
+        "large": torch.zeros_like(state["large"]),
+        "small": [torch.zeros_like(t) for t in state["small"]],
+    }
+    filled = await engine.load("model.pt", into=into)
+    assert filled["step"] == 7
+    for found in (made, into):
+        assert torch.equal(found["large"], state["large"])
+        assert all(map(torch.equal, found["small"], state["small"]))
+
+
+async def test_a_verified_load_reads_every_byte_once(engine, root, reads):
+    await saved(engine, model_state())
+    await engine.load("model.pt")
+    size = (root / "one" / "model.pt").stat().st_size
+    read = sum(min(nbytes, size - offset) for offset, nbytes in reads.blocks)
+    assert read <= size + 4096 * len(reads.blocks)
+
+
+async def test_a_load_that_fails_while_filling_raises_and_ends(engine, reads):
+    state = model_state()
+    await saved(engine, state)
+    reads.error = aiockpt.StorageError(5, "Input/output error", "model.pt")
+    with pytest.raises(aiockpt.StorageError, match="Input/output"):
+        await engine.load("model.pt", into={**state, "small": state["small"]})
+    with pytest.raises(aiockpt.StorageError, match="Input/output"):
+        await engine.load("model.pt")
+    reads.error = None
+    assert torch.equal((await engine.load("model.pt"))["large"], state["large"])
+
+
+@pytest.mark.parametrize("is_filling", [False, True])
+async def test_a_cancelled_load_writes_to_no_target_afterwards(
+    engine, reads, is_filling
+):
+    state = model_state()
+    await saved(engine, state)
+    target = torch.zeros_like(state["large"])
+    into = {"large": target, "small": [torch.zeros_like(t) for t in state["small"]]}
+    reads.hold()
+    load = engine.load("model.pt", into=into if is_filling else None)
+    task = asyncio.create_task(load)
+    await reads.gate.reached()
+    task.cancel()
+    done, _ = await asyncio.wait([task], timeout=0)
+    assert not done, "it must outlast the block that is being read"
+    reads.gate.open()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    num_read = len(reads.blocks)
+    version = target.clone()
+    assert num_read <= 3, "one block a worker, and no more"
+    await engine.tags()
+    assert len(reads.blocks) == num_read
+    assert torch.equal(target, version)
+
+
+async def test_a_load_that_waits_for_its_turn_can_be_cancelled(engine, reads):
+    await saved(engine, {"w": torch.ones(1000)})
+    reads.hold()
+    first = [asyncio.create_task(engine.load("model.pt")) for _ in range(2)]
+    await reads.gate.reached()
+    queued = asyncio.create_task(engine.load("model.pt"))
+    await asyncio.sleep(0)
+    queued.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await queued
+    reads.gate.open()
+    for state in await asyncio.gather(*first):
+        assert state["w"].eq(1).all()
+
+
+async def test_loads_and_saves_share_the_ring(engine):
+    state = model_state()
+    await saved(engine, state)
+    into = {"large": torch.zeros_like(state["large"]), "small": state["small"]}
+    await engine.create("two")
+    await engine.save(state, "model.pt")
+    loads = [engine.load("model.pt", tag="one", into=into) for _ in range(3)]
+    await asyncio.gather(*loads, engine.commit("two"))
+    assert torch.equal(into["large"], state["large"])
+    assert torch.equal((await engine.load("model.pt"))["large"], state["large"])
+
+
+async def test_closing_waits_for_a_load(root, reads):
+    engine = aiockpt.CheckpointEngine(root, {"host_cache_size": 8 * MIB / (1 << 30)})
+    await saved(engine, {"w": torch.ones(1000)})
+    reads.hold()
+    load = asyncio.create_task(engine.load("model.pt"))
+    await reads.gate.reached()
+    close = asyncio.create_task(engine.aclose())
+    reads.gate.open()
+    await close
+    assert (await load)["w"].eq(1).all()
+
+
+# --- into --------------------------------------------------------------------------
+
+
+def small_model():
+    torch.manual_seed(3)
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
+
+
+async def test_a_module_and_its_optimizer_are_filled_in_place(engine):
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    await saved(engine, state)
+    wanted = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    weight = model[0].weight
+    address = weight.data_ptr()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        optimizer.state[weight]["exp_avg"].zero_()
+
+    await engine.load("model.pt", into={"model": model, "optimizer": optimizer})
+
+    assert weight.data_ptr() == address
+    assert all(torch.equal(model.state_dict()[key], wanted[key]) for key in wanted)
+    assert optimizer.state[weight]["exp_avg"].any()
+
+
+async def test_a_module_alone_is_filled_from_its_state_dict(engine):
+    model = small_model()
+    await saved(engine, model.state_dict(), "model.safetensors")
+    other = small_model()
+    with torch.no_grad():
+        other[0].weight.zero_()
+    await engine.load("model.safetensors", into=other)
+    assert torch.equal(other[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+async def test_misfits_are_all_listed_and_nothing_is_changed(engine, name):
+    await saved(
+        engine, {"a": torch.ones(3), "b": torch.ones(2), "c": torch.ones(1)}, name
+    )
+    into = {"a": torch.zeros(3), "b": torch.zeros(3), "d": torch.zeros(1)}
+    with pytest.raises(aiockpt.InvalidArgumentError) as caught:
+        await engine.load(name, into=into)
+    text = str(caught.value)
+    assert "b: torch.float32 (2,)" in text
+    assert "c: only in the file" in text
+    assert "d: not in the file" in text
+    assert not any(tensor.any() for tensor in into.values())
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+async def test_what_has_no_counterpart_can_be_left_out(engine, name, caplog):
+    await saved(engine, {"a": torch.ones(3), "b": torch.ones(2)}, name)
+    into = {"a": torch.zeros(3), "d": torch.zeros(1)}
+    caplog.set_level(logging.WARNING)
+    found = await engine.load(name, into=into, strict=False)
+    assert found.keys() == {"a"}
+    assert found["a"] is into["a"]
+    assert into["a"].eq(1).all()
+    assert not into["d"].any()
+    assert "1 tensors have no target: b" in caplog.text
+    assert "1 tensors are not in the file: d" in caplog.text
+
+
+async def test_leniency_ends_at_shapes_and_dtypes(engine):
+    await saved(engine, {"a": torch.ones(3)})
+    with pytest.raises(aiockpt.InvalidArgumentError, match="float64"):
+        await engine.load(
+            "model.pt", into={"a": torch.zeros(3, dtype=torch.float64)}, strict=False
+        )
+    with pytest.raises(aiockpt.InvalidArgumentError, match="into"):
+        await engine.load("model.pt", strict=False)
+
+
+async def test_tied_tensors_fill_every_target_even_one_that_is_tied_too(engine):
+    weight = torch.arange(3.0 * MIB)
+    await saved(engine, {"a": weight, "b": weight})
+    one, other = torch.zeros(3 * MIB), torch.zeros(3 * MIB)
+    await engine.load("model.pt", into={"a": one, "b": other})
+    assert torch.equal(one, weight)
+    assert torch.equal(other, weight)
+    one.zero_()
+    await engine.load("model.pt", into={"a": one, "b": one})
+    assert torch.equal(one, weight)
+
+
+async def test_filling_is_seen_by_autograd(engine):
+    await saved(engine, {"w": torch.ones(3)})
+    target = torch.zeros(3, requires_grad=True)
+    loss = (target * target).sum()
+    await engine.load("model.pt", into={"w": target})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
