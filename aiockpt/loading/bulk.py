@@ -12,7 +12,6 @@ __all__ = ["BulkRead", "Reads"]
 import asyncio
 import bisect
 import concurrent.futures
-import ctypes
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,16 +26,12 @@ from aiockpt.errors import CorruptCheckpointError
 from aiockpt.loading.arenas import Arena
 from aiockpt.loading.reading import Region, compare_header
 from aiockpt.loading.segments import Segment, segments
+from aiockpt.memory import copy_bytes
 from aiockpt.ring import Ring
 from aiockpt.storage.base import ReadFile
 from aiockpt.threads import run_blocking
 
 _ALIGNMENT: Final = 4096
-
-# Without the interpreter's lock, unlike a copy by memoryviews.
-_copy = ctypes.CDLL(None).memmove
-_copy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_copy.restype = ctypes.c_void_p
 
 
 class Reads(NamedTuple):
@@ -264,7 +259,7 @@ class BulkRead:
                     checksum = crc32(piece)
             if tile.region is not None and not tile.is_header:
                 for target in self._reads.fills.get(tile.region.name, ()):
-                    _copy(target + first - tile.start, address + at, nbytes)
+                    copy_bytes(target + first - tile.start, address + at, nbytes)
             parts.append(_Part(index, nbytes, checksum, header))
         return parts
 

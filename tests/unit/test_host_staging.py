@@ -8,6 +8,7 @@ from concurrent import futures
 import pytest
 import torch
 
+from aiockpt import memory
 from aiockpt.errors import StagingError
 from aiockpt.image import Chunk, Copy, Data, Extent, Layout, Literal, Seal, chunks
 from aiockpt.ring import Ring
@@ -140,7 +141,7 @@ async def test_chunks_are_filled_in_the_order_in_which_it_was_asked(
 async def test_a_cancelled_fill_ends_with_its_copy(stager, ring, monkeypatch):
     lease = await ring.lease()
     chunk = Chunk(0, 0, MIB, copies=[Copy(0, 0, 0, MIB)])
-    with held(monkeypatch, host, "_copy_unlocked") as gate:
+    with held(monkeypatch, memory, "_copy_unlocked") as gate:
         task = asyncio.create_task(stager.fill(lease, chunk, [span(b"x" * MIB)]))
         await gate.reached()
         task.cancel()
