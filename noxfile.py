@@ -64,6 +64,27 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *(session.posargs or ["-m", "not slow"]))
 
 
+FUZZ_TARGETS = (
+    "directory",
+    "local_header",
+    "outline",
+    "safetensors_header",
+    "pickle",
+    "file",
+)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Feeds hostile bytes to every parser, guided by coverage; seconds as argument."""
+    install(session)
+    session.install("atheris")
+    seconds = session.posargs or ["60"]
+    for target in FUZZ_TARGETS:
+        script = "tests/hostile/run_atheris.py"
+        session.run("python", script, target, "--seconds", *seconds)
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """Installs the package as a user would and runs its demonstration."""

@@ -300,12 +300,22 @@ class Catalog(TagReader):
             if not name.startswith(_PENDING):
                 continue
             pending = f"{PRIVATE_DIR}/{name}"
-            manifest = self._read_pointer(pending)
-            if manifest and manifest.attempt == name.removeprefix(_PENDING):
+            if self._is_ahead(self._read_pointer(pending), name):
                 storage.replace(pending, LATEST)
                 storage.sync_dir("")
             else:
                 storage.remove(pending)
+
+    def _is_ahead(self, manifest: Manifest | None, name: str) -> bool:
+        """Whether a pending pointer names a tag published after that of `latest`.
+
+        After a power cut btrfs may show a pointer that was moved, and synced, under
+        its old name as well: a second name of what is `latest`, or of what was.
+        """
+        if manifest is None or manifest.attempt != name.removeprefix(_PENDING):
+            return False
+        current = self._read_pointer(LATEST)
+        return current is None or current.published_ns < manifest.published_ns
 
     # --- deleting ------------------------------------------------------------
 

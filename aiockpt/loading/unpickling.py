@@ -24,6 +24,7 @@ from aiockpt.errors import (
 )
 from aiockpt.loading.placing import MapLocation
 from aiockpt.loading.storages import StorageLoader
+from aiockpt.outline import screen
 
 _NO_MEMORY: Final = (MemoryError, torch.OutOfMemoryError)
 _MAX_SHOWN: Final = 200
@@ -65,6 +66,8 @@ class Unpickling:
         return made
 
     def _run_safely(self, data: bytes, storages: StorageLoader) -> object:
+        # torch's unpickler runs no code, but it can be made to hang or to fill memory.
+        screen(data)
         unpickler = _RestrictedUnpickler(io.BytesIO(data), encoding="utf-8")
         unpickler.storages = storages
         try:

@@ -817,6 +817,49 @@ def test_no_changed_byte_ever_gives_other_data(path):
     assert num_refused > 1000
 
 
+HEADER_USES = {
+    "all of it": {},
+    "unverified": {"verify": False},
+    "by key": {"keys": ["w"]},
+    "in place": {"into": {"w": torch.zeros(50)}},
+    "mapped": {"mmap": True},
+    "without data": {"map_location": "meta"},
+}
+
+
+@pytest.mark.parametrize("use", HEADER_USES)
+@pytest.mark.parametrize(
+    "field", [8, 26, 28, 40], ids=["method", "name", "extra", "text"]
+)
+def test_a_local_header_that_disagrees_with_the_directory_is_refused(path, field, use):
+    # Readers that believe the one and readers that believe the other see two files.
+    torch.save({"w": torch.ones(50)}, path)
+    with zipfile.ZipFile(path) as archive:
+        at = archive.getinfo("file/data/0").header_offset
+    data = bytearray(path.read_bytes())
+    data[at + field] ^= 8
+    path.write_bytes(data)
+    with pytest.raises(CorruptCheckpointError):
+        load(path, **HEADER_USES[use])
+
+
+def test_a_file_repacked_by_another_writer_loads(path, tmp_path):
+    state = {"w": torch.arange(50.0), "n": torch.arange(3)}
+    torch.save(state, tmp_path / "theirs.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "theirs.pt") as theirs,
+        zipfile.ZipFile(path, "w") as ours,
+    ):
+        for info in theirs.infolist():
+            ours.writestr(info.filename, theirs.read(info))
+    for options in HEADER_USES.values():
+        if "into" not in options and "map_location" not in options:
+            assert torch.equal(load(path, **options)["w"], state["w"])
+    into = {"w": torch.zeros(50), "n": torch.zeros(3, dtype=torch.int64)}
+    load(path, into=into)
+    assert_same_state(into, state)
+
+
 def test_no_shorter_file_ever_loads(path):
     small_file(path)
     good = path.read_bytes()

@@ -1,0 +1,71 @@
+"""A file from anywhere is opened or refused; it runs nothing and takes no memory."""
+
+import pytest
+
+from aiockpt import errors
+from hostile.case import EITHER, Expected
+from hostile.hostile_files import SAFETENSORS, TORCH
+from hostile.opening import MIB, Opener
+
+# Beyond the bytes of the file itself.
+MAX_GROWN_MIB = 200
+
+CASES = [
+    *(pytest.param(case, "file.pt", id=case.name) for case in TORCH),
+    *(pytest.param(case, "file.safetensors", id=case.name) for case in SAFETENSORS),
+]
+
+
+@pytest.fixture(scope="module")
+def opener():
+    with Opener() as opener:
+        yield opener
+
+
+@pytest.mark.parametrize(("case", "name"), CASES)
+def test_a_file_from_anywhere_is_opened_or_refused(case, name, opener, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(case.build())
+
+    found = opener.open(path)
+
+    assert "died" not in found, found
+    outcomes = found["outcomes"]
+    assert not [door for door in outcomes if "untyped" in outcomes[door]], outcomes
+    for door in ("load", "inspect", "verify"):
+        assert_expected(getattr(case, door), outcomes[door], door)
+    # What is opened is what the format's own reader makes of it, where it does.
+    assert found["is_as_torch"] is not False
+    assert found["grown_mib"] - path.stat().st_size / MIB < MAX_GROWN_MIB
+    assert [event for event in found["touched"] if not is_own(event, path)] == []
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def assert_expected(expected: Expected, outcome: dict[str, str], door: str) -> None:
+    if expected is None:
+        assert not outcome, door
+    elif expected is not EITHER:
+        assert outcome, door
+        assert issubclass(getattr(errors, outcome["error"]), expected), (door, outcome)
+
+
+def is_own(event: str, path) -> bool:
+    """Whether the event is the opening of the file, or of its directory on the way."""
+    names = (str(path), str(path.parent), path.name)
+    return event in [f"open {name!r}" for name in names]
+
+
+def test_the_catalogue_is_long_and_its_names_are_unique():
+    names = [case.name for case in TORCH + SAFETENSORS]
+    assert len(names) == len(set(names)) > 120
+
+
+def test_code_that_does_run_is_caught(opener, tmp_path):
+    # The watch itself must work: a trusted pickle of the same kind leaves a trace.
+    path = tmp_path / "trusted.pt"
+    path.write_bytes(next(c for c in TORCH if c.name == "pickle: os.system").build())
+
+    found = opener.open(path, trusted=True)
+
+    assert any(event.startswith("os.system") for event in found["touched"])
+    assert (tmp_path / "canary").exists()
