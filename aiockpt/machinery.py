@@ -43,7 +43,7 @@ class Machinery:
         ring: Host memory for staging.
         gate: What is being staged, and who waits for it.
         planners: Threads for planning and catalog work.
-        workers: `parser_threads` threads that checksum, write and read.
+        workers: `parser_threads` threads that checksum and write.
         storage: The root's files.
         saver: Saves files with all of these.
         loader: Loads files with all of these.
@@ -63,10 +63,14 @@ class Machinery:
         self._copiers = WorkerPool(_NUM_COPIERS, "aiockpt-copy")
         self.workers = WorkerPool(config.parser_threads, "aiockpt-worker")
         self.storage = LocalStorage(root, self.workers)
-        self._loaders = WorkerPool(_NUM_LOADERS, "aiockpt-load")
+        # Not in the background: who loads a checkpoint has nothing else to do.
+        self._loaders = WorkerPool(_NUM_LOADERS, "aiockpt-load", is_background=False)
+        self._readers = WorkerPool(
+            config.parser_threads, "aiockpt-read", is_background=False
+        )
         self.loader = Loader(
             ring=self.ring,
-            workers=self.workers,
+            workers=self._readers,
             num_workers=config.parser_threads,
             loaders=self._loaders,
             spawn=self.spawn,
@@ -123,7 +127,14 @@ class Machinery:
         self._thread.join()
 
     def _end(self) -> None:
-        for pool in (self._loaders, self.planners, self._copiers, self.workers):
+        pools = (
+            self.planners,
+            self._copiers,
+            self.workers,
+            self._loaders,
+            self._readers,
+        )
+        for pool in pools:
             pool.shutdown()
         self.gate.close()
         # A traceback that is still referred to may hold a view of the ring; its

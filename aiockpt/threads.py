@@ -135,8 +135,17 @@ class WorkerPool(concurrent.futures.Executor):
     that saves in flight can be drained by an exit handler.
     """
 
-    def __init__(self, max_threads: int, name: str) -> None:
-        """Starts no thread yet; at most `max_threads` will be called `name-i`."""
+    def __init__(
+        self, max_threads: int, name: str, *, is_background: bool = True
+    ) -> None:
+        """Starts no thread yet.
+
+        Args:
+            max_threads: At most so many will be started.
+            name: They will be called `name-i`.
+            is_background: Whether others go first where the cores are taken.
+        """
+        self._is_background = is_background
         self._max_threads = max_threads
         self._name = name
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -182,7 +191,8 @@ class WorkerPool(concurrent.futures.Executor):
             self._threads.append(thread)
 
     def _work(self) -> None:
-        _yield_to_others()
+        if self._is_background:
+            _yield_to_others()
         while (job := self._jobs.get()) is not None:
             job.run(self._count_finished)
             # A reference kept while waiting would keep the job's tensors alive.

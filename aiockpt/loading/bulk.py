@@ -25,7 +25,7 @@ from isal.isal_zlib import crc32, crc32_combine
 from aiockpt.errors import CorruptCheckpointError
 from aiockpt.loading.arenas import Arena
 from aiockpt.loading.reading import Region, compare_header
-from aiockpt.loading.segments import Segment, segments
+from aiockpt.loading.segments import Segment, Tile, segments
 from aiockpt.memory import copy_bytes
 from aiockpt.ring import Ring
 from aiockpt.storage.base import ReadFile
@@ -85,6 +85,8 @@ class _Run:
         self.parts: list[list[_Part]] = [[]] * self.num_left
         self.arena: Arena | None = None
         self.crc32 = 0
+        # What `ready` says, for those who ask ten thousand times.
+        self.is_checked = False
         self.ready: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._block_bytes = block_bytes
         self._starts = [tile.start for tile in segment.tiles]
@@ -155,7 +157,8 @@ class BulkRead:
             concurrent.futures.CancelledError: The read was stopped.
         """
         run = self._run_of[region.name]
-        run.ready.result()
+        if not run.is_checked:
+            run.ready.result()
         assert run.arena is not None
         return run.arena.storage(region.offset - run.base, region.nbytes)
 
@@ -239,29 +242,33 @@ class BulkRead:
             is_last = run.num_left == 0
         if is_last:
             self._check(run)
+            run.is_checked = True
             with self._lock, suppress(concurrent.futures.InvalidStateError):
                 run.ready.set_result(None)
 
     def _summed(self, block: _Block, view: memoryview, address: int) -> list[_Part]:
-        run, parts = block.run, []
+        run, parts = block.run, list[_Part]()
         start = max(block.offset, run.segment.start)
         stop = min(block.offset + block.nbytes, run.segment.stop)
         for index, first, last in run.pieces(start, stop):
             tile = run.segment.tiles[index]
             at, nbytes = first - block.offset, last - first
             checksum, header = 0, b""
-            with view[at : at + nbytes] as piece:
-                if tile.is_header:
-                    header = bytes(piece)
-                elif self._reads.is_whole or (
-                    tile.region and tile.region.crc32 is not None
-                ):
+            if tile.is_header:
+                header = bytes(view[at : at + nbytes])
+            elif self._is_summed(tile):
+                with view[at : at + nbytes] as piece:
                     checksum = crc32(piece)
-            if tile.region is not None and not tile.is_header:
+            if tile.region is not None and self._reads.fills and not tile.is_header:
                 for target in self._reads.fills.get(tile.region.name, ()):
                     copy_bytes(target + first - tile.start, address + at, nbytes)
             parts.append(_Part(index, nbytes, checksum, header))
         return parts
+
+    def _is_summed(self, tile: Tile) -> bool:
+        if self._reads.is_whole:
+            return True
+        return tile.region is not None and tile.region.crc32 is not None
 
     def _check(self, run: _Run) -> None:
         """Puts the parts together, and holds each region against its checksum."""
@@ -280,9 +287,12 @@ class BulkRead:
         for index, tile in enumerate(tiles):
             region = tile.region
             if tile.is_header and region is not None:
-                compare_header(self._file, region, headers[index])
-                sums[index] = crc32(headers[index])
+                header = headers[index]
+                compare_header(self._file, region, header[region.start - tile.start :])
+                if self._reads.is_whole:
+                    sums[index] = crc32(header)
             elif region is not None and region.crc32 not in (None, sums[index]):
                 raise self._reads.mismatch(region)
-            total = crc32_combine(total, sums[index], tile.stop - tile.start)
+            if self._reads.is_whole:
+                total = crc32_combine(total, sums[index], tile.stop - tile.start)
         run.crc32 = total

@@ -74,6 +74,8 @@ class Placement:
             placed = self.map_location(storage, location)
             if placed is not None:
                 return placed
+        elif target == "cpu":
+            return storage
         try:
             moved = default_restore_location(storage, target)  # type: ignore[no-untyped-call]
         except torch.OutOfMemoryError:

@@ -108,11 +108,14 @@ def check_header(file: ReadFile, region: Region) -> None:
 def compare_header(file: ReadFile, region: Region, header: bytes) -> None:
     """As `check_header`, for a header that has been read (at least its fixed part)."""
     assert region.entry is not None
-    with named(file):
-        if data_offset(region.entry, header) != region.offset:
-            name, offset = region.name, region.start
-            text = f"the local header of {name!r} does not lead to its data"
-            raise CorruptCheckpointError(text, offset=offset)
+    try:
+        if data_offset(region.entry, header) == region.offset:
+            return
+    except CorruptCheckpointError:
+        with named(file):
+            raise
+    text = f"{file.path}: the local header of {region.name!r} leads elsewhere"
+    raise CorruptCheckpointError(text, path=file.path, offset=region.start)
 
 
 def read_region(file: ReadFile, region: Region, view: memoryview) -> None:

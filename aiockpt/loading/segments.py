@@ -30,7 +30,8 @@ class Tile(NamedTuple):
         start: File offset of the first.
         stop: File offset behind the last.
         region: The region that they are, or whose header they are; else None.
-        is_header: Whether they are the region's header and not its data.
+        is_header: Whether they are the region's header, and what little stands before
+            it, and not its data.
     """
 
     start: int
@@ -108,14 +109,17 @@ def _runs(
     """Each region with its header, and the gaps between them, in order."""
     position = None if whole_nbytes is None else 0
     for region in sorted(regions, key=lambda region: (region.start, region.stop)):
-        start, stop = region.start, region.stop
+        start, offset, stop = region.start, region.offset, region.stop
         if position is not None and position < start:
-            gap = _gap(position, start)
-            if whole_nbytes is not None or not gap.is_large:
-                yield gap
-        tiles = [Tile(region.offset, stop, region)]
-        if start < region.offset:
-            tiles.insert(0, Tile(start, region.offset, region, is_header=True))
+            is_small = start - position <= _GAP_BYTES
+            if is_small and start < offset:
+                # One tile less for each of what may be a hundred thousand records.
+                start = position
+            elif is_small or whole_nbytes is not None:
+                yield _gap(position, start)
+        tiles = [Tile(offset, stop, region)]
+        if start < offset:
+            tiles.insert(0, Tile(start, offset, region, is_header=True))
         yield Segment(tiles, region.name in kept, region.nbytes >= _LARGE_BYTES)
         position = stop
     if whole_nbytes is not None and position is not None and position < whole_nbytes:

@@ -68,6 +68,20 @@ class StorageLoader:
             self.failure = error
             raise
 
+    def untyped(self, key: str, location: str, nbytes: int) -> torch.UntypedStorage:
+        """Returns the storage of `nbytes` bytes in a record; errors as those of `load`.
+
+        Args:
+            key: The record is `data/<key>`.
+            location: Where the storage was saved, as torch tags it.
+            nbytes: Its length, by the pickle's account.
+        """
+        try:
+            return self._storage(key, location, nbytes)
+        except Exception as error:
+            self.failure = error
+            raise
+
     def check_sizes(self) -> None:
         """Makes sure that no tensor reaches beyond its storage's record.
 
@@ -113,8 +127,7 @@ class StorageLoader:
     def _storage(self, key: str, location: str, nbytes: int) -> torch.UntypedStorage:
         placed = self._placed.get(key)
         if placed is None or placed.record_nbytes != nbytes:
-            with self._records.keyed(storage_record(key)):
-                region = self._records.storage_region(key, nbytes)
+            region = self._region(key, nbytes)
             if self._placement.is_meta(location):
                 check_header(self._records.file, region)
                 storage = _meta_storage(region)
@@ -123,6 +136,13 @@ class StorageLoader:
             placed = _Placed(storage, storage.nbytes(), nbytes)
             self._placed[key] = placed
         return placed.storage
+
+    def _region(self, key: str, nbytes: int) -> Region:
+        try:
+            return self._records.storage_region(key, nbytes)
+        except CorruptCheckpointError:
+            with self._records.keyed(storage_record(key)):
+                raise
 
 
 def _dtype(kind: object) -> torch.dtype | None:

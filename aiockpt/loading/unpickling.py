@@ -23,6 +23,7 @@ from aiockpt.errors import (
     UnsafePickleError,
 )
 from aiockpt.loading.placing import MapLocation
+from aiockpt.loading.plain_unpickling import unpickle_plain
 from aiockpt.loading.storages import StorageLoader
 from aiockpt.outline import screen
 
@@ -66,7 +67,13 @@ class Unpickling:
         return made
 
     def _run_safely(self, data: bytes, storages: StorageLoader) -> object:
-        # torch's unpickler runs no code, but it can be made to hang or to fill memory.
+        try:
+            return unpickle_plain(data, storages)
+        except Exception as error:
+            if error is storages.failure or isinstance(error, _NO_MEMORY):
+                raise
+            # Whatever it was, torch's unpickler has the last word.
+        # It runs no code, but it can be made to hang or to fill memory.
         screen(data)
         unpickler = _RestrictedUnpickler(io.BytesIO(data), encoding="utf-8")
         unpickler.storages = storages

@@ -14,6 +14,7 @@ restricted unpickler without filling the memory. Everything here is pure.
 """
 
 __all__ = [
+    "STORAGE_DTYPES",
     "Call",
     "Global",
     "Leaf",
@@ -32,5 +33,11 @@ __all__ = [
 from aiockpt.outline.emit import emit
 from aiockpt.outline.inert import Call, Global
 from aiockpt.outline.screen import screen
-from aiockpt.outline.tensors import StorageOutline, TensorOutline, is_tensor, outline
+from aiockpt.outline.tensors import (
+    STORAGE_DTYPES,
+    StorageOutline,
+    TensorOutline,
+    is_tensor,
+    outline,
+)
 from aiockpt.outline.walk import Leaf, leaves, segment, storage_keys, tensors_in

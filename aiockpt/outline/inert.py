@@ -10,7 +10,7 @@ __all__ = ["Call", "Global", "Machine", "hashable"]
 import pickle
 import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -89,6 +89,8 @@ class Machine:
         *,
         refer: Callable[[object], object],
         call: Callable[[Call], object],
+        build: Callable[[object, object], None] | None = None,
+        opcodes: Collection[bytes] | None = None,
     ) -> None:
         """Makes a machine that has read nothing.
 
@@ -96,6 +98,8 @@ class Machine:
             data: The pickle.
             refer: Gives what stands for a persistent reference.
             call: Gives what stands for a call, mostly the `Call` itself.
+            build: Gives a state to what stands for a call, where that is no `Call`.
+            opcodes: Those that are allowed; all by default.
         """
         self.data = data
         self.at = 0
@@ -105,6 +109,10 @@ class Machine:
         self.globals: dict[tuple[str, str], Global] = {}
         self.refer = refer
         self.call = call
+        self.build = build
+        self.instructions = _INSTRUCTIONS
+        if opcodes is not None:
+            self.instructions = {code[0]: _TABLE[code] for code in opcodes}
 
     def run(self) -> object:
         """Returns what the pickle describes.
@@ -113,13 +121,14 @@ class Machine:
             CorruptCheckpointError: This is no pickle, or one with opcodes that no
                 checkpoint needs, or one that never ends.
         """
+        instructions = self.instructions
         try:
             for _ in range(_MAX_OPCODES):
                 opcode = self.data[self.at]
                 self.at += 1
                 if opcode == _STOP:
                     return self.stack.pop()
-                _INSTRUCTIONS[opcode](self)
+                instructions[opcode](self)
         except (LookupError, TypeError, ValueError, struct.error) as error:
             text = f"malformed pickle at byte {self.at}: {error!r}"
             raise CorruptCheckpointError(text) from error
@@ -303,11 +312,14 @@ def _new_object_ex(machine: Machine) -> None:
 
 def _build(machine: Machine) -> None:
     state, target = machine.stack.pop(), machine.stack[-1]
-    if not isinstance(target, Call):
+    if isinstance(target, Call):
+        if target.states is None:
+            target.states = []
+        target.states.append(state)
+    elif machine.build is not None:
+        machine.build(target, state)
+    else:
         raise TypeError(f"a state for {type(target).__name__}")
-    if target.states is None:
-        target.states = []
-    target.states.append(state)
 
 
 def _extend(machine: Machine, items: list[object]) -> None:

@@ -4,7 +4,13 @@ The arguments are those of the rebuild functions in `torch._utils` and
 `torch._tensor`, which torch 2.13 writes and every torch since 2.0 reads.
 """
 
-__all__ = ["StorageOutline", "TensorOutline", "is_tensor", "outline"]
+__all__ = [
+    "STORAGE_DTYPES",
+    "StorageOutline",
+    "TensorOutline",
+    "is_tensor",
+    "outline",
+]
 
 import math
 import pickle
@@ -24,9 +30,8 @@ _DTYPES: Final = {
     for name, value in vars(torch).items()
     if isinstance(value, torch.dtype)
 }
-# The storage classes that pickles name: frozen since torch 1.6. The data of dtypes
-# that came later stands in untyped storages.
-_STORAGE_DTYPES: Final = {
+# Frozen since torch 1.6. The data of dtypes that came later stands in untyped storages.
+STORAGE_DTYPES: Final = {
     "torch.storage.UntypedStorage": torch.uint8,
     "torch.DoubleStorage": torch.float64,
     "torch.FloatStorage": torch.float32,
@@ -46,6 +51,7 @@ _STORAGE_DTYPES: Final = {
     "torch.QUInt4x2Storage": torch.quint4x2,
     "torch.QUInt2x4Storage": torch.quint2x4,
 }
+"""Element type of each storage class that pickles name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,7 +136,7 @@ def is_tensor(node: object) -> bool:
 def _referred(pid: object) -> StorageOutline:
     match pid:
         case tuple(("storage", Global() as kind, str(key), str(device), int(numel))):
-            dtype = _STORAGE_DTYPES.get(kind.name)
+            dtype = STORAGE_DTYPES.get(kind.name)
             if dtype is not None and numel >= 0:
                 return StorageOutline(key, dtype, numel * dtype.itemsize, device, pid)
         case _:

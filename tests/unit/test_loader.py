@@ -249,6 +249,43 @@ def test_what_is_shared_is_read_once(path):
     assert made[1][0, 7] == made[2][0] == made[3][7] == -1
 
 
+PLAIN_STATES = [
+    "tied", "optimizer_state", "module_state_dict", "inference",
+    "ordered_dict", "strides", "nested_containers", "sizes", "empty", "gradients",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN_STATES)
+def test_what_most_checkpoints_hold_does_not_need_torchs_slow_unpickler(
+    name, path, monkeypatch
+):
+    state = states.ALL_STATES[name]()
+    torch.save(state, path)
+    monkeypatch.setattr(
+        "aiockpt.loading.unpickling._RestrictedUnpickler", lambda *_, **__: 1 / 0
+    )
+    assert_same_state(load(path), torch.load(path))
+
+
+@pytest.mark.parametrize(
+    "leaked",
+    [
+        b"ccollections\nOrderedDict\n",
+        b"ctorch\nFloatStorage\n",
+        b"ctorch._utils\n_rebuild_tensor_v2\n",
+    ],
+)
+def test_a_class_by_itself_is_what_torch_makes_of_it(leaked, path):
+    zip_file(path, b"\x80\x02" + leaked + b".")
+    try:
+        expected = torch.load(path)
+    except pickle.UnpicklingError:
+        with pytest.raises(UnsafePickleError):
+            load(path)
+    else:
+        assert load(path) is expected
+
+
 def test_a_storage_that_was_saved_twice_is_one_object(path):
     storage = torch.arange(3.0).untyped_storage()
     torch.save({"a": storage, "b": storage}, path)

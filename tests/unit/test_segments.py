@@ -36,7 +36,7 @@ def test_a_large_region_has_its_memory_for_itself_and_what_little_follows():
     found = segments(rows, {"a", "b", "c"}, None)
     assert [names(segment) for segment in found] == [["a"], ["b"], ["c"]]
     assert found[0].start == 50
-    assert found[0].stop == found[1].start == 150 + LARGE
+    assert found[0].stop == found[1].start == 100 + LARGE
 
 
 def test_small_regions_share_memory_up_to_a_limit():

@@ -1,0 +1,104 @@
+"""The fault matrix: its options, its count, and the places where it runs.
+
+`--faults` asks for the long run, in which a test that cannot run fails;
+`--faults-report=PATH` adds the counts, as JSON lines, to a file.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from crashing import Server
+from faults.driver import make_template
+from faults.matrix import Cases
+
+CASES = pytest.StashKey[Cases]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("faults")
+    group.addoption(
+        "--faults",
+        action="store_true",
+        help="the long counts of the fault matrix; what cannot run fails",
+    )
+    group.addoption(
+        "--faults-report",
+        type=Path,
+        metavar="PATH",
+        help="add the counts of the fault matrix to this file, as JSON lines",
+    )
+
+
+def _cases(config: pytest.Config) -> Cases:
+    # Read late: without a path on the command line this file is loaded after that.
+    is_long = config.getoption("--faults", default=False)
+    return config.stash.setdefault(CASES, Cases(is_long))
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """A sweep is hundreds of cases: it has minutes, and in the long run an hour."""
+    limit_s = 3600 if _cases(config).is_long else 300
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.timeout(limit_s))
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    lines = list(_cases(config).lines())
+    if lines:
+        terminalreporter.section("fault matrix: survived/cases")
+        for line in lines:
+            counts = f"{line['survived']}/{line['cases']}"
+            name = f"{line['row']:>3}  {line['name']}: {line['fault']}"
+            terminalreporter.line(f"{name:<70} {counts:>12}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--faults-report", default=None)
+    if path is not None:
+        _cases(session.config).write(path)
+
+
+@pytest.fixture
+def cases(request: pytest.FixtureRequest) -> Cases:
+    """Where a test counts its cases."""
+    return _cases(request.config)
+
+
+@pytest.fixture
+def as_root(cases: Cases) -> None:
+    """What follows needs root; in the long run its lack is a failure."""
+    if os.geteuid() != 0:
+        reason = "mounts file systems of its own: needs root"
+        if cases.is_long:
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """The process that forks those who are killed."""
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def memory() -> Iterator[Path]:
+    """A place in memory, where a sync costs nothing."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        yield Path(path)
+
+
+@pytest.fixture(scope="session")
+def template(memory: Path) -> Path:
+    """A root with two tags; tests take copies of it."""
+    return make_template(memory / "template")

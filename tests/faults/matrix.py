@@ -1,0 +1,76 @@
+"""The count of the fault matrix: cases by row, and how many of them were survived.
+
+A test wraps each case in `cases.case(...)`. What a case is about stands in the note of
+its error, and all counts end in the summary and, where asked for, in a report.
+"""
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# The rows of the matrix, by number; what must hold stands in the tests.
+ROWS = {
+    1: "errno at the nth call",
+    2: "short reads and writes",
+    3: "SIGKILL at the nth call",
+    7: "failed sync or close",
+    8: "cancellation at the nth await",
+    9: "corruption",
+    11: "out of memory",
+    12: "slow or hung",
+    13: "races",
+    17: "faults while recovering",
+    18: "direct writes",
+    20: "mutants",
+}
+
+
+@dataclass(frozen=True)
+class Cases:
+    """All cases so far.
+
+    Attributes:
+        is_long: Whether this is the long run.
+        num_run: Cases begun, by row and fault.
+        num_survived: Of these, the ones in which everything held.
+    """
+
+    is_long: bool
+    num_run: Counter[tuple[int, str]] = field(default_factory=Counter)
+    num_survived: Counter[tuple[int, str]] = field(default_factory=Counter)
+
+    @contextlib.contextmanager
+    def case(self, row: int, fault: str, what: object) -> Iterator[None]:
+        """Counts one case; `what` tells it from the others, in a failure's note."""
+        assert row in ROWS
+        self.num_run[row, fault] += 1
+        try:
+            yield
+        except BaseException as error:
+            error.add_note(f"row {row}, {fault}: {what}")
+            raise
+        self.num_survived[row, fault] += 1
+
+    def pick(self, ordinary: int, long: int) -> int:
+        """How many of something this run does."""
+        return long if self.is_long else ordinary
+
+    def lines(self) -> Iterator[dict[str, object]]:
+        """One record for each kind of fault."""
+        for (row, fault), num_run in sorted(self.num_run.items()):
+            yield {
+                "row": row,
+                "name": ROWS[row],
+                "fault": fault,
+                "cases": num_run,
+                "survived": self.num_survived[row, fault],
+                "run": "long" if self.is_long else "ordinary",
+            }
+
+    def write(self, path: Path) -> None:
+        """Adds the records to a file of JSON lines."""
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self.lines())
