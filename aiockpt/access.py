@@ -18,7 +18,8 @@ from aiockpt.loader import (
     open_lazily,
 )
 from aiockpt.loading.reader import Reader
-from aiockpt.threads import Call, outlast
+from aiockpt.loop_thread import Call
+from aiockpt.threads import outlast
 
 T = TypeVar("T")
 

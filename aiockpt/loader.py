@@ -38,9 +38,10 @@ from aiockpt.loading.torch_file import TorchFile
 from aiockpt.loading.torch_loading import TorchLoading
 from aiockpt.loading.unpickling import Unpickling
 from aiockpt.loading.verifying import verify_file
+from aiockpt.loop_thread import Call
 from aiockpt.ring import Ring
 from aiockpt.storage.base import ReadFile
-from aiockpt.threads import Call, run_interruptibly
+from aiockpt.threads import run_interruptibly
 
 T = TypeVar("T")
 

@@ -17,11 +17,12 @@ from aiockpt.errors import EngineStateError
 from aiockpt.events import Event, Observer
 from aiockpt.guard import StagingGate
 from aiockpt.loader import Loader
+from aiockpt.loop_thread import Call, LoopThread
 from aiockpt.ring import Ring
 from aiockpt.saver import Saver
 from aiockpt.staging.host import HostStager
 from aiockpt.storage.local import LocalStorage
-from aiockpt.threads import Call, LoopThread, WorkerPool
+from aiockpt.threads import WorkerPool
 
 T = TypeVar("T")
 

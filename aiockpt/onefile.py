@@ -24,10 +24,11 @@ from aiockpt.capture import capture
 from aiockpt.config import MIB, EngineConfig
 from aiockpt.errors import InvalidArgumentError
 from aiockpt.loader import Loader, LoadOptions, Opened
+from aiockpt.loop_thread import Call
 from aiockpt.machinery import Machinery
 from aiockpt.saver import FileSave
 from aiockpt.storage.local import LocalStorage
-from aiockpt.threads import Call, WorkerPool, outlast, run_blocking
+from aiockpt.threads import WorkerPool, outlast, run_blocking
 
 T = TypeVar("T")
 

@@ -30,13 +30,14 @@ from aiockpt.errors import (
 )
 from aiockpt.events import CommitReport, Observer
 from aiockpt.loader import Loader, LoadOptions, Opened
+from aiockpt.loop_thread import Call
 from aiockpt.machinery import Machinery
 from aiockpt.manifest import TagInfo, check_path, check_tag
 from aiockpt.ranks.base import Ranks
 from aiockpt.ranks.single import SingleRank
 from aiockpt.retention import expired
 from aiockpt.saver import FileSave
-from aiockpt.threads import Call, outlast, run_blocking
+from aiockpt.threads import outlast, run_blocking
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -20,7 +20,7 @@ import pytest
 from aiockpt.errors import CheckpointError
 from aiockpt.machinery import Machinery
 from aiockpt.runtime import Runtime
-from aiockpt.threads import Call
+from aiockpt.loop_thread import Call
 
 # Only a failing test ever waits this long.
 LIMIT_S = 30.0

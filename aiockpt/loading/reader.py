@@ -8,8 +8,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from aiockpt.loading.bulk import BulkRead, Reads
+from aiockpt.loop_thread import Call
 from aiockpt.storage.base import ReadFile
-from aiockpt.threads import Call
 
 
 class Reader:

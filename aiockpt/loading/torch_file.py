@@ -9,14 +9,12 @@ from typing import Final
 
 from aiockpt.errors import CorruptCheckpointError, InvalidArgumentError
 from aiockpt.formats.zip_directory import (
-    TAIL_BYTES,
     Directory,
-    DirectorySpan,
     Entry,
     data_offset,
-    find_directory,
     parse_directory,
 )
+from aiockpt.formats.zip_end import TAIL_BYTES, DirectorySpan, find_directory
 from aiockpt.loading.reading import Region, checksum_mismatch, named, read_bytes
 from aiockpt.outline import TensorOutline, leaves, outline, storage_keys
 from aiockpt.storage.base import ReadFile

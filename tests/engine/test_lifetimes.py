@@ -14,10 +14,10 @@ from torch.optim import optimizer as torch_optimizer
 from aiockpt import CheckpointEngine, CheckpointError, saver
 from aiockpt.attempt import Attempt
 from aiockpt.errors import EngineStateError, StorageError
+from aiockpt.loop_thread import Call
 from aiockpt.machinery import Machinery
 from aiockpt.runtime import Runtime
 from aiockpt.storage.local import LocalStorage, _LocalWriteFile
-from aiockpt.threads import Call
 from gates import LIMIT_S, failing, happened, held
 from thread_work import no_cycle_collector
 

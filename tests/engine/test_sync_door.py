@@ -129,7 +129,7 @@ def test_an_engine_whose_entry_fails_is_closed(root, monkeypatch):
 PRELUDE = """
 import atexit, os, signal, sys, threading
 import torch, aiockpt, aiockpt.sync
-from aiockpt import attempt, catalog, threads
+from aiockpt import attempt, catalog, loop_thread
 from aiockpt.storage import local
 
 root = sys.argv[1]
@@ -199,7 +199,7 @@ print([thread.name for thread in threading.enumerate()])
 def test_ctrl_c_lets_a_publication_finish_and_says_so(root):
     script = """
 publishing = hold(catalog.Catalog, "publish")
-cancelled = signalling(threads.Call, "_cancel")
+cancelled = signalling(loop_thread.Call, "_cancel")
 
 def press_ctrl_c():
     assert publishing.wait(30)

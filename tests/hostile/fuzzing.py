@@ -16,12 +16,8 @@ import torch
 
 from aiockpt.errors import CheckpointError, CorruptCheckpointError
 from aiockpt.formats.safetensors import parse_header
-from aiockpt.formats.zip_directory import (
-    TAIL_BYTES,
-    data_offset,
-    find_directory,
-    parse_directory,
-)
+from aiockpt.formats.zip_directory import data_offset, parse_directory
+from aiockpt.formats.zip_end import TAIL_BYTES, find_directory
 from aiockpt.outline import emit, leaves, outline, screen, storage_keys, tensors_in
 from aiockpt.sync import load
 from hostile import pickles, safetensors_cases

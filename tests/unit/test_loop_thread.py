@@ -1,4 +1,4 @@
-"""`aiockpt.threads.LoopThread`: coroutines on a loop of their own, and their callers."""
+"""`aiockpt.loop_thread`: coroutines on a loop of their own, and their callers."""
 
 import asyncio
 import contextlib
@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-import aiockpt.threads
-from aiockpt.threads import Call, LoopThread, outlast
+import aiockpt.loop_thread
+from aiockpt.loop_thread import Call, LoopThread
+from aiockpt.threads import outlast
 from gates import LIMIT_S, Gate, in_thread, turns
 from thread_work import (
     ALL_WAYS,
@@ -231,7 +232,7 @@ def held_runner(monkeypatch) -> Iterator[Gate]:
         gate.pass_through()
         return runner(**kwargs)
 
-    monkeypatch.setattr(aiockpt.threads.asyncio, "Runner", late_runner)
+    monkeypatch.setattr(aiockpt.loop_thread.asyncio, "Runner", late_runner)
     yield gate
     gate.open()
 

@@ -10,7 +10,8 @@ from typing import Any
 import anyio
 import pytest
 
-from aiockpt.threads import LoopThread, WorkerPool, outlast, run_blocking
+from aiockpt.loop_thread import LoopThread
+from aiockpt.threads import WorkerPool, outlast, run_blocking
 from gates import LIMIT_S, Gate, happened, turns
 from interrupts import WAYS
 from thread_work import (

@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 
 from aiockpt.errors import CorruptCheckpointError
 from aiockpt.formats import torch_zip
-from aiockpt.formats.zip_directory import (
-    TAIL_BYTES,
-    Directory,
-    DirectorySpan,
-    data_offset,
-    find_directory,
-    parse_directory,
-)
+from aiockpt.formats.zip_directory import Directory, data_offset, parse_directory
+from aiockpt.formats.zip_end import TAIL_BYTES, DirectorySpan, find_directory
 from aiockpt.image import Data, Literal, Seal
 
 GIB = 1 << 30
