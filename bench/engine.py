@@ -10,11 +10,8 @@ import asyncio
 import json
 import mmap
 import os
-import platform
 import resource
 import shutil
-import statistics
-import subprocess
 import tempfile
 import threading
 from pathlib import Path
@@ -22,11 +19,10 @@ from time import perf_counter
 from typing import Self
 
 import torch
+from measuring import GIB, MIB, figure, machine
 
 import aiockpt
 
-GIB = 1 << 30
-MIB = 1 << 20
 CHUNK_BYTES = 8 * MIB
 
 
@@ -41,7 +37,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path.cwd())
     arguments = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="bench-", dir=arguments.dir))
-    print(json.dumps({"machine": _machine(), "case": vars(arguments)}, default=str))
+    print(json.dumps({"machine": machine(), "case": vars(arguments)}, default=str))
     try:
         case = {
             "throughput": throughput,
@@ -52,24 +48,6 @@ def main() -> None:
         asyncio.run(case(directory, arguments))
     finally:
         shutil.rmtree(directory)
-
-
-def _machine() -> dict[str, object]:
-    return {
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str:
-    """The commit that is measured, marked where the tree differs from it."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(
-        git, capture_output=True, text=True, check=True
-    ).stdout.strip()
 
 
 def state_of(nbytes: int, num_tensors: int) -> dict[str, object]:
@@ -86,16 +64,8 @@ def config_of(arguments: argparse.Namespace, ring_gib: float) -> dict[str, objec
 
 
 def report(name: str, values: list[float], unit: str) -> None:
-    """Prints one figure: median, least, greatest."""
-    figure = {
-        "figure": name,
-        "median": round(statistics.median(values), 4),
-        "min": round(min(values), 4),
-        "max": round(max(values), 4),
-        "n": len(values),
-        "unit": unit,
-    }
-    print(json.dumps(figure), flush=True)
+    """Prints one figure."""
+    print(json.dumps(figure(name, values, unit)), flush=True)
 
 
 def raw_write(path: Path, buffer: mmap.mmap, nbytes: int) -> float:
