@@ -328,11 +328,12 @@ class Catalog(TagReader):
             CheckpointNotFoundError: No such tag.
             StorageError: The file system refused; the tag is gone or whole.
         """
-        directory, _ = self.new_directory()
         with self._changing_tags():
             if not self._is_published(check_tag(tag)):
                 self.manifest(tag)
             latest = self._read_pointer(LATEST)
+            # Only now: where there is no such tag, nothing may be left of the attempt.
+            directory, _ = self.new_directory()
             self._storage.rename_dir(tag, directory)
             self._storage.sync_dir("")
             if latest is not None and latest.tag == tag:

@@ -32,6 +32,9 @@ from aiockpt.storage.base import ReadFile
 from aiockpt.threads import run_blocking
 
 _ALIGNMENT: Final = 4096
+# A request for memory that is kept; long enough for any disk, short enough to be
+# summed while others read.
+_KEPT_BLOCK_BYTES: Final = 8 << 20
 
 
 class Reads(NamedTuple):
@@ -122,7 +125,8 @@ class BulkRead:
         Args:
             file: Must stay open until `run` has ended.
             reads: What to read.
-            block_bytes: Length of the longest request, a multiple of 4096.
+            block_bytes: Length of the longest request that goes through the ring, a
+                multiple of 4096.
         """
         self._file = file
         self._reads = reads
@@ -130,7 +134,10 @@ class BulkRead:
         self._is_stopped = False
         nbytes = file.nbytes if reads.is_whole else None
         cut = segments(reads.regions, reads.kept, nbytes)
-        self._runs = [_Run(segment, block_bytes) for segment in cut]
+        self._runs = [
+            _Run(segment, _KEPT_BLOCK_BYTES if segment.is_kept else block_bytes)
+            for segment in cut
+        ]
         self._run_of = {
             tile.region.name: run
             for run in self._runs

@@ -25,7 +25,7 @@ class Reader:
 
         Args:
             begin: Starts `BulkRead.run` on the engine's loop.
-            block_bytes: Length of the longest request, at most a chunk of the ring.
+            block_bytes: Length of a chunk of the ring.
         """
         self._begin = begin
         self._block_bytes = block_bytes

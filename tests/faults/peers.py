@@ -1,6 +1,6 @@
 """aiockpt beside its peers, through the same power cuts and the same damage.
 
-    python tests/faults/peers.py RESULTS.jsonl [--cuts 100] [--flips 500]
+    PYTHONPATH=tests python -m faults.peers RESULTS.jsonl [--cuts 50] [--flips 500]
 
 adds one record for each comparison to the results. Needs root, and mkfs for each of
 the file systems. Each contender is in its ordinary use (`faults.power.contenders`):
@@ -22,8 +22,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from torch.distributed.checkpoint.api import CheckpointException
 
 from faults.damage import flipped
@@ -35,6 +33,8 @@ from faults.power.disks import powered, write_back
 from faults.power.oracle import Oracle
 from faults.power.writers import Writers
 
+# What is lost, in the words of `Losses`.
+LOST = ("missing", "older", "unreadable", "wrong", "torn")
 KINDS = ("ext4", "xfs", "btrfs")
 CONTENDERS = ("aiockpt", *PEERS)
 NAMES = tuple(f"step-{number}" for number in range(4))

@@ -69,6 +69,26 @@ async def awaiting(root: Path, state: dict[str, torch.Tensor]) -> None:
     await engine.aclose()
 
 
+async def reading(root: Path, module: torch.nn.Module) -> None:
+    """Every way of reading what was saved."""
+    async with aiockpt.CheckpointEngine(root) as engine:
+        await engine.load("model.pt", into={"model": module}, strict=False)
+        tag, states = await engine.load_latest_valid("model.pt", "optimizer.pt")
+        assert_type(tag, str)
+        assert_type(states, list[Any])
+        async with engine.open("model.pt", tag="step-1") as file:
+            assert_type(file, aiockpt.CheckpointFile)
+            assert_type(file.keys, tuple[str, ...])
+            assert_type(await file.tensor("w"), torch.Tensor)
+            assert_type(await file.rows("w", 0, 8), torch.Tensor)
+            assert_type(await file.load(["w*"]), dict[str, torch.Tensor])
+    async with aiockpt.open(root / "model.pt", map_location="cpu") as file:
+        assert_type([info.shape for info in file.tensors], list[tuple[int, ...]])
+    with aiockpt.sync.open(root / "model.pt") as blocking_file:
+        assert_type(blocking_file, aiockpt.sync.CheckpointFile)
+        assert_type(blocking_file.rows("w"), torch.Tensor)
+
+
 def blocking(root: str, states: Sequence[object]) -> None:
     """The blocking engine: the same names, the same types."""
     with aiockpt.sync.CheckpointEngine(root, EngineConfig()) as engine:
