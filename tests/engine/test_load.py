@@ -140,7 +140,10 @@ async def test_a_load_that_waits_for_its_turn_can_be_cancelled(engine, reads):
 async def test_loads_and_saves_share_the_ring(engine):
     state = model_state()
     await saved(engine, state)
-    into = {"large": torch.zeros_like(state["large"]), "small": state["small"]}
+    into = {
+        "large": torch.zeros_like(state["large"]),
+        "small": [torch.zeros_like(tensor) for tensor in state["small"]],
+    }
     await engine.create("two")
     await engine.save(state, "model.pt")
     loads = [engine.load("model.pt", tag="one", into=into) for _ in range(3)]
