@@ -123,7 +123,7 @@ def test_whoever_reads_at_any_call_of_an_overwrite_sees_the_old_or_the_new(root)
 
     def read(moment: Moment) -> None:
         # Not from inside the reader's own calls.
-        if threading.current_thread() is not reader:
+        if threading.current_thread() not in readers:
             seen.append(pool.submit(load).result(30))
 
     def load() -> int:
@@ -139,7 +139,7 @@ def test_whoever_reads_at_any_call_of_an_overwrite_sees_the_old_or_the_new(root)
     ):
         save(engine, "one", 1)
         observer.load("sub/opt.pt")
-        reader = worker_of(observer)
+        readers = reading_threads(observer)
         with tapped(read):
             save(engine, "one", 2, overwrite=True)
 
@@ -147,10 +147,10 @@ def test_whoever_reads_at_any_call_of_an_overwrite_sees_the_old_or_the_new(root)
     assert seen == sorted(seen)
 
 
-def worker_of(engine: Engine) -> threading.Thread:
-    """The one thread in which an engine with one worker reads."""
-    (thread,) = engine._runtime._machinery.workers._threads
-    return thread
+def reading_threads(engine: Engine) -> list[threading.Thread]:
+    """The threads in which an engine that has read before reads one file at a time."""
+    machinery = engine._runtime._machinery
+    return [*machinery._loaders._threads, *machinery._readers._threads]
 
 
 def test_readers_in_another_process_see_the_old_or_the_new_whole(root, server):
