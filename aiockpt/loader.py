@@ -82,6 +82,11 @@ class LoadOptions:
     keys: Sequence[str] | None = None
     strict: bool = True
 
+    def __post_init__(self) -> None:
+        """Takes any iterable of keys, and goes over it once."""
+        if self.keys is not None and not isinstance(self.keys, str):
+            object.__setattr__(self, "keys", list(self.keys))
+
     def check(self) -> None:
         """Refuses what contradicts itself.
 
@@ -177,6 +182,7 @@ def _load(
         loading = _loading(file, placement, options)(reader)
         state, found = _state(loading, options)
         if found not in (None, crc32) and crc32 is not None:
+            del state  # The error's traceback would keep it.
             text = (
                 f"{file.path}: not the file that the manifest describes: its CRC-32 is "
                 f"{found:08x} instead of {crc32:08x}"

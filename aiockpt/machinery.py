@@ -100,8 +100,13 @@ class Machinery:
         """Runs a coroutine on the engine's loop; from any thread, without waiting.
 
         Raises:
-            EngineStateError: The machinery has been stopped.
+            EngineStateError: The machinery has been stopped, or this is a forked
+                child, where no thread runs.
         """
+        if self.is_forked:
+            work.close()
+            text = "this belongs to the parent process: open it after the fork"
+            raise EngineStateError(text)
         try:
             return self._thread.spawn(work)
         except RuntimeError as error:

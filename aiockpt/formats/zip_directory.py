@@ -79,26 +79,24 @@ class Entry(NamedTuple):
         """How many bytes from `header_offset` `data_offset` wants to see."""
         return _LOCAL_HEADER.size + len(self.full_name)
 
-    @property
-    def expected_offset(self) -> int | None:
+    def expected_offset(self, alignment: int) -> int | None:
         """File offset of the data if the record is laid out as torch does it.
 
         That is: data and descriptor reach up to `limit`, and the header's extra
-        fields are those of zip64 and the padding to a power of two. To be held
-        against the header once that has been read. None for any other layout.
+        fields are those of zip64 and the padding to a multiple of `alignment`. To be
+        held against the header once that has been read. None for any other layout.
         """
         is_wide = max(self.nbytes, self.header_offset) >= _U32_MAX
         descriptor = (_DESCRIPTOR64_BYTES if is_wide else _DESCRIPTOR_BYTES) * (
             self.has_descriptor
         )
-        offset = self.limit - descriptor - self.nbytes
-        num_extra = offset - self.header_offset - self.header_nbytes
-        padding = num_extra - _EXTRA.size
+        num_fixed = self.header_nbytes + _EXTRA.size
         if is_wide:
-            padding -= _EXTRA.size + 8 * (self.header_offset >= _U32_MAX)
-            padding -= 16 * (self.nbytes >= _U32_MAX)
-        alignment = offset & -offset
-        return offset if 0 <= padding < alignment else None
+            num_fixed += _EXTRA.size + 8 * (self.header_offset >= _U32_MAX)
+            num_fixed += 16 * (self.nbytes >= _U32_MAX)
+        unpadded = self.header_offset + num_fixed
+        offset = unpadded + -unpadded % alignment
+        return offset if offset + self.nbytes + descriptor == self.limit else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from aiockpt.loading.arenas import Arena
 from aiockpt.loading.reading import Region, compare_header
 from aiockpt.loading.segments import Segment, Tile, segments
 from aiockpt.memory import copy_bytes
-from aiockpt.ring import Ring
+from aiockpt.ring import Lease, Ring
 from aiockpt.storage.base import ReadFile
 from aiockpt.threads import run_blocking
 
@@ -87,10 +87,13 @@ class _Run:
         self.num_left = -(-self.nbytes // block_bytes)
         self.parts: list[list[_Part]] = [[]] * self.num_left
         self.arena: Arena | None = None
+        self.num_kept = 0
         self.crc32 = 0
         # What `ready` says, for those who ask ten thousand times.
         self.is_checked = False
         self.ready: concurrent.futures.Future[None] = concurrent.futures.Future()
+        if self.num_left == 0:
+            self.ready.set_result(None)  # Empty regions at the start of a block.
         self._block_bytes = block_bytes
         self._starts = [tile.start for tile in segment.tiles]
 
@@ -131,7 +134,7 @@ class BulkRead:
         self._file = file
         self._reads = reads
         self._lock = threading.Lock()
-        self._is_stopped = False
+        self._stopped = threading.Event()
         nbytes = file.nbytes if reads.is_whole else None
         cut = segments(reads.regions, reads.kept, nbytes)
         self._runs = [
@@ -144,19 +147,29 @@ class BulkRead:
             for tile in run.segment.tiles
             if tile.region is not None
         }
+        self._kept = {name for name in reads.kept if name in self._run_of}
+        for name in self._kept:
+            self._run_of[name].num_kept += 1
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: set[asyncio.Task[None]] = set()
 
     def close(self) -> None:
         """Lets go of all memory; `run` must have ended."""
-        # An error's traceback refers to this object, which holds the error.
+        # An error's traceback refers to these objects, which hold the error.
+        for run in self._runs:
+            run.arena = None
+            run.ready = concurrent.futures.Future()
         self._runs.clear()
         self._run_of.clear()
 
     def holds(self, region: Region) -> bool:
         """Whether `storage` gives this region."""
-        return region.name in self._reads.kept and region.name in self._run_of
+        return region.name in self._kept
 
     def storage(self, region: Region) -> torch.UntypedStorage:
-        """The bytes of a kept region, once its segment has been read and checked.
+        """The bytes of a region that it holds, once its segment is read and checked.
+
+        It then lets go of the region, so that memory ends with the last storage.
 
         Raises:
             CorruptCheckpointError: Some bytes of the file are not as written.
@@ -166,8 +179,14 @@ class BulkRead:
         run = self._run_of[region.name]
         if not run.is_checked:
             run.ready.result()
-        assert run.arena is not None
-        return run.arena.storage(region.offset - run.base, region.nbytes)
+        self._kept.discard(region.name)
+        run.num_kept -= 1
+        arena = run.arena
+        if run.num_kept == 0:
+            run.arena = None
+        if arena is None:
+            return torch.empty(0).untyped_storage()  # There was nothing to read.
+        return arena.storage(region.offset - run.base, region.nbytes)
 
     def wait(self) -> int:
         """Blocks until all has been read and checked; errors as those of `storage`.
@@ -185,10 +204,18 @@ class BulkRead:
     def stop(self) -> None:
         """Begins no further block, and wakes whoever waits. From any thread."""
         self._fail(concurrent.futures.CancelledError())
+        if self._loop is not None:
+            with suppress(RuntimeError):  # The loop has ended: nobody waits there.
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        """Interrupts the lanes that wait for a chunk of the ring."""
+        for lane in self._waiting:
+            lane.cancel()
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
-            self._is_stopped = True
+            self._stopped.set()
             for run in self._runs:
                 if not run.ready.done():
                     run.ready.set_exception(error)
@@ -201,12 +228,15 @@ class BulkRead:
         Errors go to those who wait.
         """
         blocks = (block for run in self._runs for block in run.blocks())
+        self._loop = asyncio.get_running_loop()
         try:
             async with asyncio.TaskGroup() as lanes:
                 for _ in range(num_lanes):
                     lanes.create_task(self._read_blocks(blocks, ring, workers))
         except BaseExceptionGroup as errors:
             self._fail(errors.exceptions[0])
+            # The group's frames refer to it, and it to what was being read.
+            errors.__traceback__ = None
         finally:
             # Whatever ended it, nobody is left waiting.
             self.stop()
@@ -218,7 +248,7 @@ class BulkRead:
         workers: concurrent.futures.Executor,
     ) -> None:
         for block in blocks:
-            if self._is_stopped:
+            if self._stopped.is_set():
                 return
             run = block.run
             if run.segment.is_kept:
@@ -228,12 +258,23 @@ class BulkRead:
                 address = run.arena.address + start
                 await run_blocking(workers, self._read, block, view, address)
                 continue
-            lease = await ring.lease()
+            lease = await self._lease(ring)
             try:
+                if self._stopped.is_set():
+                    return
                 view = lease.view[: block.nbytes]
                 await run_blocking(workers, self._read, block, view, lease.address)
             finally:
                 lease.release()
+
+    async def _lease(self, ring: Ring) -> Lease:
+        lane = asyncio.current_task()
+        assert lane is not None
+        self._waiting.add(lane)
+        try:
+            return await ring.lease()
+        finally:
+            self._waiting.discard(lane)
 
     def _read(self, block: _Block, view: memoryview, address: int) -> None:
         """Reads a block to `view`, which is at `address`, and copies what is due."""

@@ -1,8 +1,9 @@
 """Loading into tensors that are already there."""
 
-__all__ = ["Piece", "copy_into", "is_image", "mark_changed", "show"]
+__all__ = ["Piece", "copy_into", "filling", "is_image", "show"]
 
-from collections.abc import Iterable
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -49,11 +50,28 @@ def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
 
 
-def mark_changed(targets: Iterable[torch.Tensor]) -> None:
-    """Tells autograd of tensors whose memory was written to behind its back."""
-    for target in targets:
-        if not target.is_inference():
-            torch.autograd.graph.increment_version(target)
+@contextmanager
+def filling(
+    targets: Mapping[str, Sequence[torch.Tensor]],
+) -> Generator[dict[str, list[int]]]:
+    """Gives the addresses of contiguous host tensors that are written to meanwhile.
+
+    Their memory stays where it is, even if a tensor is given other memory (as
+    `Module.to` does); unless its storage is resized. Autograd learns of the change,
+    also where the body fails half-way.
+    """
+    tensors = [target for group in targets.values() for target in group]
+    storages = [target.untyped_storage() for target in tensors]
+    try:
+        yield {
+            name: [target.data_ptr() for target in group]
+            for name, group in targets.items()
+        }
+    finally:
+        storages.clear()
+        for target in tensors:
+            if not target.is_inference():
+                torch.autograd.graph.increment_version(target)
 
 
 def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

@@ -30,9 +30,10 @@ _OPCODES: Final = (
     *(pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS, pickle.BINPERSID),
     *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
 )
-# From the machine's table, the loop over it and the call that counts.
+# From the table, the loop over it and the call that counts.
 _NUM_REFERENCES: Final = 3
 _PROTOCOL_2: Final = b"\x80\x02"
+_MAX_NDIM: Final = 64
 # ("storage", class, key, location, number of elements)
 _PID_PARTS: Final = 5
 # storage, offset, shape, stride, requires_grad, backward hooks
@@ -53,18 +54,21 @@ def unpickle_plain(data: bytes, storages: StorageLoader) -> object:
     """
     if not data.startswith(_PROTOCOL_2):
         raise NotPlainError
-    making = _Making(storages)
+    making = _Making(storages, len(data))
     machine = Machine(
-        data, refer=making.refer, call=making.call, build=_build, opcodes=_OPCODES
+        data,
+        refer=making.refer,
+        call=making.call,
+        build=making.build,
+        opcodes=_OPCODES,
     )
     made = machine.run()
     machine.memo.clear()
-    # What stands for a storage or a class must not be in the state by itself. Classes
-    # are known to be nowhere else by nobody else referring to what stands for them.
-    if making.num_unused or any(
-        sys.getrefcount(one) > _NUM_REFERENCES for one in machine.globals.values()
-    ):
-        raise NotPlainError
+    # What stands for a storage or a class must not be in the state by itself. It is
+    # not if nobody refers to it any more.
+    for inner in (machine.globals.values(), making.shown):
+        if any(sys.getrefcount(one) > _NUM_REFERENCES for one in inner):
+            raise NotPlainError
     return made
 
 
@@ -80,12 +84,14 @@ class _Making:
     """Makes the tensors of one pickle.
 
     Attributes:
-        num_unused: References to storages that no tensor was made of.
+        shown: Every reference to a storage.
     """
 
-    def __init__(self, storages: StorageLoader) -> None:
-        self.num_unused = 0
+    def __init__(self, storages: StorageLoader, nbytes: int) -> None:
+        self.shown: list[_Shown] = []
         self._storages = storages
+        # States may be shared, and are copied each time.
+        self._num_attributes_left = nbytes
 
     def refer(self, pid: object) -> object:
         if type(pid) is int:
@@ -101,8 +107,9 @@ class _Making:
             raise NotPlainError
         nbytes = numel * dtype.itemsize
         storage = self._storages.untyped(key, location, nbytes)
-        self.num_unused += 1
-        return _Shown(storage, dtype, nbytes)
+        shown = _Shown(storage, dtype, nbytes)
+        self.shown.append(shown)
+        return shown
 
     def call(self, call: Call) -> Any:
         function = call.function
@@ -111,9 +118,17 @@ class _Making:
         make = _MAKERS.get((function.module, function.qualname))
         if make is None:
             raise NotPlainError
-        if make is _tensor:
-            self.num_unused -= 1
         return make(*call.args)
+
+    def build(self, target: object, state: object) -> None:
+        # What `Module.state_dict` keeps beside its items, such as `_metadata`.
+        if type(target) is not OrderedDict or type(state) is not dict:
+            raise NotPlainError
+        attributes = cast("dict[str, object]", state)
+        self._num_attributes_left -= len(attributes)
+        if self._num_attributes_left < 0:
+            raise NotPlainError
+        vars(target).update(attributes)
 
 
 def _tensor(*args: Any) -> torch.Tensor:
@@ -135,6 +150,8 @@ def _is_inside(shown: _Shown, offset: Any, shape: Any, stride: Any) -> bool:
     """Whether these describe a tensor that shows no more than is in its storage."""
     if type(offset) is not int or type(shape) is not tuple or type(stride) is not tuple:
         return False
+    if not len(shape) == len(stride) <= _MAX_NDIM:
+        return False
     last = offset
     for size, step in zip(shape, stride, strict=True):
         if type(size) is not int or type(step) is not int or size < 0 or step < 0:
@@ -149,7 +166,7 @@ def _is_inside(shown: _Shown, offset: Any, shape: Any, stride: Any) -> bool:
 def _parameter(*args: object) -> torch.nn.Parameter:
     """As `torch._utils._rebuild_parameter`, without hooks."""
     match args:
-        case (torch.Tensor() as data, bool(requires_grad), {}):
+        case (torch.Tensor() as data, bool(requires_grad), hooks) if hooks == {}:
             return torch.nn.Parameter(data, requires_grad)
         case _:
             raise NotPlainError
@@ -159,13 +176,6 @@ def _ordered_dict(*args: object) -> OrderedDict[object, object]:
     if args:
         raise NotPlainError
     return OrderedDict()
-
-
-def _build(target: object, state: object) -> None:
-    # What `Module.state_dict` keeps beside its items, such as `_metadata`.
-    if type(target) is not OrderedDict or type(state) is not dict:
-        raise NotPlainError
-    vars(target).update(state)
 
 
 _MAKERS: Final[dict[tuple[str, str], Callable[..., object]]] = {

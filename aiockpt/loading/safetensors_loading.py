@@ -15,7 +15,7 @@ from aiockpt.formats.safetensors import (
     parse_header,
 )
 from aiockpt.loading.bulk import Reads
-from aiockpt.loading.filling import Piece, copy_into, is_image, mark_changed, show
+from aiockpt.loading.filling import Piece, copy_into, filling, is_image, show
 from aiockpt.loading.placing import Placement
 from aiockpt.loading.reader import Reader
 from aiockpt.loading.reading import (
@@ -118,20 +118,20 @@ class SafetensorsLoading:
             name: Described(entry.dtype, entry.shape) for name, entry in entries.items()
         }
         check_targets(path, described, tensors)
-        direct: dict[str, list[int]] = {}
+        direct: dict[str, list[torch.Tensor]] = {}
         indirect: dict[str, Piece] = {}
         for name, entry in entries.items():
             piece = Piece(tensors[name], 0, _row_major(entry.shape))
             if is_image(piece, tensor_region(entry)):
-                direct[name] = [piece.target.data_ptr()]
+                direct[name] = [piece.target]
             else:
                 indirect[name] = piece
         is_whole = self.is_whole and targets.is_strict and not is_chosen
         read = entries if is_whole else {name: entries[name] for name in direct}
-        reads = self._reads(read, fills=direct, is_whole=is_whole)
-        with self.reader.reading(self.file, reads) as bulk:
-            total = bulk.wait()
-        mark_changed(tensors[name] for name in direct)
+        with filling(direct) as addresses:
+            reads = self._reads(read, fills=addresses, is_whole=is_whole)
+            with self.reader.reading(self.file, reads) as bulk:
+                total = bulk.wait()
         for name, piece in indirect.items():
             self._fill_by_copy(entries[name], piece)
         filled = {name: tensors[name] for name in entries}

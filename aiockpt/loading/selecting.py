@@ -230,9 +230,22 @@ def _fault(described: Described, target: torch.Tensor) -> str | None:
         return f"{_text(described)} in the file, {_text(wanted)} in the target"
     if target.is_meta:
         return "the target is on the meta device, where there is no memory"
-    if target.layout == torch.strided and _shares_elements(target):
-        return "elements of the target share memory"
+    if target.layout == torch.strided and not wanted.wrapper:
+        if _shares_elements(target):
+            return "elements of the target share memory"
+        if not _has_memory(target):
+            return "the target's storage is smaller than the target"
     return None
+
+
+def _has_memory(target: torch.Tensor) -> bool:
+    """Whether all elements are in the storage, which somebody may have resized."""
+    if not target.numel():
+        return True
+    pairs = zip(target.shape, target.stride(), strict=True)
+    last = target.storage_offset() + sum((size - 1) * step for size, step in pairs)
+    nbytes = int(last + 1) * target.itemsize
+    return nbytes <= target.untyped_storage().nbytes() and target.data_ptr() != 0
 
 
 def _shares_elements(target: torch.Tensor) -> bool:

@@ -82,6 +82,11 @@ class StorageLoader:
             self.failure = error
             raise
 
+    def raise_failure(self) -> None:
+        """Raises what went wrong with a storage, whatever it was wrapped in since."""
+        if self.failure is not None:
+            raise self.failure from None
+
     def check_sizes(self) -> None:
         """Makes sure that no tensor reaches beyond its storage's record.
 

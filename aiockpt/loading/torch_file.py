@@ -24,6 +24,9 @@ PICKLE_RECORD: Final = "data.pkl"
 _MAX_VERSION: Final = 10
 _MAX_VERSION_DIGITS: Final = 2
 _MAX_NOTE_BYTES: Final = 4096
+# What torch pads records to, unless it is told otherwise.
+_ALIGNMENT_BYTES: Final = 64
+_MAX_ALIGNMENT_DIGITS: Final = 5
 
 
 def storage_record(key: str) -> str:
@@ -59,6 +62,8 @@ class TorchFile:
         if PICKLE_RECORD not in self.entries:
             text = f"{file.path}: there is no {PICKLE_RECORD} in this zip file"
             raise CorruptCheckpointError(text, path=file.path)
+        self._alignment = _ALIGNMENT_BYTES
+        self._alignment = self._read_alignment()
         self._check_origin()
 
     def region(self, name: str) -> Region:
@@ -78,7 +83,7 @@ class TorchFile:
         if entry is None:
             text = f"{self.file.path}: the record {name!r} is missing"
             raise CorruptCheckpointError(text, path=self.file.path)
-        offset = entry.expected_offset
+        offset = entry.expected_offset(self._alignment)
         if offset is None:
             header = bytearray(entry.header_nbytes)
             self.file.read_into(entry.header_offset, memoryview(header))
@@ -178,6 +183,15 @@ class TorchFile:
             and not name.startswith(storage_record(""))
             and entry.nbytes <= _MAX_NOTE_BYTES
         }
+
+    def _read_alignment(self) -> int:
+        """What records are padded to, if the file says so."""
+        name = ".storage_alignment"
+        if name not in self.entries or self.entries[name].nbytes > _MAX_NOTE_BYTES:
+            return _ALIGNMENT_BYTES
+        text = self.read(name)
+        is_number = text.isdigit() and len(text) <= _MAX_ALIGNMENT_DIGITS
+        return max(int(text), 1) if is_number else _ALIGNMENT_BYTES
 
     def _check_origin(self) -> None:
         path = self.file.path

@@ -4,13 +4,13 @@ __all__ = ["TorchLoading"]
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Final, cast
 
 import torch
 
 from aiockpt.errors import CorruptCheckpointError, InvalidArgumentError
 from aiockpt.loading.bulk import BulkRead, Reads
-from aiockpt.loading.filling import Piece, copy_into, is_image, mark_changed, show
+from aiockpt.loading.filling import Piece, copy_into, filling, is_image, show
 from aiockpt.loading.placing import Placement
 from aiockpt.loading.reader import Reader
 from aiockpt.loading.reading import (
@@ -32,6 +32,9 @@ from aiockpt.loading.storages import StorageLoader
 from aiockpt.loading.torch_file import TorchFile, storage_record
 from aiockpt.loading.unpickling import Unpickling
 from aiockpt.outline import TensorOutline, emit, storage_keys
+
+# Of the widest element, complex128.
+_ALIGNMENT_BYTES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,10 @@ class TorchLoading:
 
         def fetch(region: Region) -> torch.UntypedStorage:
             if bulk is not None and bulk.holds(region):
-                return bulk.storage(region)
+                storage = bulk.storage(region)
+                # torch aligns records; who repacked the file may not have done so.
+                is_aligned = region.offset % _ALIGNMENT_BYTES == 0
+                return storage if is_aligned else storage.clone()  # type: ignore[no-untyped-call]
             with self.records.keyed(region.name):
                 return read_storage(self.records.file, region)
 
@@ -197,16 +203,11 @@ class TorchLoading:
             for name, (region, pieces) in fills.items()
             if all(is_image(piece, region) for piece in pieces)
         }
-        addresses = {
-            name: [target.data_ptr() for target in targets]
-            for name, targets in direct.items()
-        }
         names = self.records.entries if is_whole else direct
-        reads = self._reads(names, (), addresses, is_whole=is_whole)
-        with self.reader.reading(self.records.file, reads) as bulk:
-            total = bulk.wait()
-        for targets in direct.values():
-            mark_changed(targets)
+        with filling(direct) as addresses:
+            reads = self._reads(names, (), addresses, is_whole=is_whole)
+            with self.reader.reading(self.records.file, reads) as bulk:
+                total = bulk.wait()
         for name, (region, pieces) in fills.items():
             if name not in direct:
                 self._fill_by_copy(region, pieces)

@@ -64,13 +64,16 @@ class Unpickling:
         finally:
             # A failed load must not leave its tensors to the next one's validation.
             sparse_tensors.clear()
+            # It refers, by its traceback, to who refers to it.
+            storages.failure = None
         return made
 
     def _run_safely(self, data: bytes, storages: StorageLoader) -> object:
         try:
             return unpickle_plain(data, storages)
         except Exception as error:
-            if error is storages.failure or isinstance(error, _NO_MEMORY):
+            storages.raise_failure()
+            if isinstance(error, _NO_MEMORY):
                 raise
             # Whatever it was, torch's unpickler has the last word.
         # It runs no code, but it can be made to hang or to fill memory.
@@ -82,7 +85,8 @@ class Unpickling:
         except pickle.UnpicklingError as error:
             raise self._refused(error) from error
         except Exception as error:
-            if error is storages.failure or isinstance(error, _NO_MEMORY):
+            storages.raise_failure()
+            if isinstance(error, _NO_MEMORY):
                 raise
             if isinstance(error, NotImplementedError):
                 text = f"{self.path}: torch cannot do this: {_first_words(error)}"
@@ -96,9 +100,11 @@ class Unpickling:
         unpickler = _TrustingUnpickler(io.BytesIO(data), encoding="utf-8")
         unpickler.storages = storages
         try:
-            return unpickler.load()
+            made = unpickler.load()
         except (pickle.UnpicklingError, EOFError) as error:
             raise self._malformed(error) from error
+        storages.check_sizes()
+        return made
 
     def _refused(self, error: pickle.UnpicklingError) -> UnsafePickleError:
         found = re.search(r"GLOBAL (\S+)", str(error))

@@ -5,7 +5,7 @@ standard library's `pickletools` defines them. Time and memory are linear in the
 pickle's length: a length that the pickle declares is checked against what is there.
 """
 
-__all__ = ["Call", "Global", "Machine", "hashable"]
+__all__ = ["Call", "Global", "Machine", "hashable", "keep_state"]
 
 import pickle
 import struct
@@ -98,7 +98,7 @@ class Machine:
             data: The pickle.
             refer: Gives what stands for a persistent reference.
             call: Gives what stands for a call, mostly the `Call` itself.
-            build: Gives a state to what stands for a call, where that is no `Call`.
+            build: Gives a state to what stands for a call; `keep_state` by default.
             opcodes: Those that are allowed; all by default.
         """
         self.data = data
@@ -109,7 +109,7 @@ class Machine:
         self.globals: dict[tuple[str, str], Global] = {}
         self.refer = refer
         self.call = call
-        self.build = build
+        self.build = build or keep_state
         self.instructions = _INSTRUCTIONS
         if opcodes is not None:
             self.instructions = {code[0]: _TABLE[code] for code in opcodes}
@@ -172,6 +172,15 @@ class Machine:
             # By its type alone: written out, what is shared has no end.
             raise TypeError(f"a call of a {type(function).__name__}")
         self.stack.append(self.call(Call(function, args, opcode, kwargs)))
+
+
+def keep_state(target: object, state: object) -> None:
+    """Notes a state with the call that made its target."""
+    if not isinstance(target, Call):
+        raise TypeError(f"a state for {type(target).__name__}")
+    if target.states is None:
+        target.states = []
+    target.states.append(state)
 
 
 # --- instructions -----------------------------------------------------------------
@@ -312,14 +321,7 @@ def _new_object_ex(machine: Machine) -> None:
 
 def _build(machine: Machine) -> None:
     state, target = machine.stack.pop(), machine.stack[-1]
-    if isinstance(target, Call):
-        if target.states is None:
-            target.states = []
-        target.states.append(state)
-    elif machine.build is not None:
-        machine.build(target, state)
-    else:
-        raise TypeError(f"a state for {type(target).__name__}")
+    machine.build(target, state)
 
 
 def _extend(machine: Machine, items: list[object]) -> None:

@@ -11,7 +11,7 @@ import re
 from typing import Final, cast
 
 from aiockpt.errors import CorruptCheckpointError
-from aiockpt.outline.inert import Call, Machine, hashable
+from aiockpt.outline.inert import Call, Machine, hashable, keep_state
 
 # How much the arguments of all calls may have together, in characters and elements:
 # so much for nothing, and so much for each byte of the pickle. Arguments may be
@@ -38,7 +38,12 @@ def screen(data: bytes) -> None:
         CorruptCheckpointError: It takes more, or is no pickle of a checkpoint.
     """
     screening = _Screening(_FREE_ARGUMENTS + _ARGUMENTS_PER_BYTE * len(data))
-    Machine(data, refer=lambda reference: reference, call=screening.call).run()
+    Machine(
+        data,
+        refer=lambda reference: reference,
+        call=screening.call,
+        build=screening.build,
+    ).run()
 
 
 class _Screening:
@@ -49,10 +54,8 @@ class _Screening:
 
     def call(self, call: Call) -> Call:
         """Returns the call if it can be made."""
-        sized = [part for part in call.args if isinstance(part, _SIZED)]
-        self._left -= sum(map(len, sized))
-        if self._left < 0:
-            raise CorruptCheckpointError("the pickle copies beyond all measure")
+        for part in call.args:
+            self._charge(part)
         name, args = call.name, call.args
         if name in _COUNTED:
             for argument in args:
@@ -67,6 +70,17 @@ class _Screening:
         elif _TENSOR_CLASS.fullmatch(name):
             raise CorruptCheckpointError("a tensor that no pickler writes")
         return call
+
+    def build(self, target: object, state: object) -> None:
+        """Notes the state if it can be given to the target."""
+        self._charge(state)
+        keep_state(target, state)
+
+    def _charge(self, part: object) -> None:
+        if isinstance(part, _SIZED):
+            self._left -= len(part)
+        if self._left < 0:
+            raise CorruptCheckpointError("the pickle copies beyond all measure")
 
 
 def _check_hashable(items: object) -> None:
