@@ -4,6 +4,7 @@ Arguments after `--` go to the session's last command: `nox -s tests -- -k ring`
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import nox
@@ -84,6 +85,29 @@ def fuzz(session: nox.Session) -> None:
     for target in FUZZ_TARGETS:
         script = "tests/hostile/run_atheris.py"
         session.run("python", script, target, "--seconds", *seconds)
+
+
+FAULT_PROGRAMS = ("losetup", "mkfs.btrfs", "mkfs.ext4", "mkfs.xfs", "mount", "strace")
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """The fault matrix at its long counts, as root; writes `docs/faults.md`."""
+    missing = [name for name in FAULT_PROGRAMS if shutil.which(name) is None]
+    if os.geteuid() != 0 or missing:
+        packages = "xfsprogs btrfs-progs libfuse2 strace"
+        session.error(f"this needs root and {packages}; missing: {missing}")
+    install(session, "dev")
+    session.install("mfusepy")
+    begin = ("python", "tests/faults/report.py", "begin")
+    results = str(session.run(*begin, silent=True)).strip()
+    peers = ("python", "-m", "faults.peers", results)
+    try:
+        session.run("pytest", "tests/faults", "--faults", f"--faults-report={results}")
+        session.run(*peers, env={"PYTHONPATH": "tests"})
+    finally:
+        report = ("tests/faults/report.py", "write", results, "docs/faults.md")
+        session.run("python", *report)
 
 
 @nox.session

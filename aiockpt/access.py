@@ -2,13 +2,14 @@
 
 __all__ = ["BlockingCheckpointFile", "CheckpointFile", "FileAccess"]
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
-from aiockpt.errors import EngineStateError, InvalidArgumentError
+from aiockpt.errors import EngineStateError
 from aiockpt.loader import (
     LazyFile,
     Loader,
@@ -18,6 +19,7 @@ from aiockpt.loader import (
     open_lazily,
 )
 from aiockpt.loading.reader import Reader
+from aiockpt.loading.selecting import only
 from aiockpt.loop_thread import Call
 from aiockpt.threads import outlast
 
@@ -34,6 +36,10 @@ class Host(Protocol):
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> Call[T]:
         """Runs a coroutine on the engine's loop; `EngineStateError` if closed."""
+        ...
+
+    def spawn_last(self, work: Coroutine[Any, Any, T]) -> Call[T]:
+        """As `spawn`, also while the engine is being closed."""
         ...
 
     async def release(self) -> None:
@@ -63,6 +69,7 @@ class FileAccess:
         self._open_file = open_file
         self._options = options
         self._lazy: LazyFile | None = None
+        self._turns: asyncio.Lock | None = None
 
     @property
     def file(self) -> LazyFile:
@@ -76,8 +83,19 @@ class FileAccess:
         return self._lazy
 
     def begin_open(self) -> Call[None]:
-        """Opens the file and reads what it says of itself."""
-        return self.host.spawn(self._open())
+        """Opens the file and reads what it says of itself.
+
+        Raises:
+            EngineStateError: It is open.
+        """
+        if self._turns is not None:
+            raise EngineStateError("the file is open already")
+        self._turns = asyncio.Lock()
+        try:
+            return self.host.spawn(self._open())
+        except BaseException:
+            self._turns = None
+            raise
 
     async def _open(self) -> None:
         try:
@@ -100,7 +118,13 @@ class FileAccess:
         return self._begin(lambda reader: file.rows(key, start, stop, reader))
 
     def _begin(self, work: Callable[[Reader], T]) -> Call[T]:
-        return self.host.spawn(self.host.loader.run(work))
+        return self.host.spawn(self._run(work))
+
+    async def _run(self, work: Callable[[Reader], T]) -> T:
+        assert self._turns is not None
+        # Waiting here, and not in a loading thread, can be cancelled.
+        async with self._turns:
+            return await self.host.loader.run(work)
 
     def begin_close(self) -> Call[None] | None:
         """Closes the file, once what is being read from it has been.
@@ -108,8 +132,9 @@ class FileAccess:
         None where that is done: the engine has ended, and nothing reads any more.
         """
         try:
-            return self.host.spawn(self._close())
+            return self.host.spawn_last(self._close())
         except EngineStateError:
+            self._turns = None
             lazy, self._lazy = self._lazy, None
             if lazy is not None:
                 lazy.close()
@@ -117,8 +142,10 @@ class FileAccess:
 
     async def _close(self) -> None:
         lazy, self._lazy = self._lazy, None
-        if lazy is not None:
-            await self.host.loader.run(lambda _: lazy.close())
+        turns, self._turns = self._turns, None
+        if lazy is not None and turns is not None:
+            async with turns:
+                await self.host.loader.run(lambda _: lazy.close())
 
 
 class CheckpointFile:
@@ -134,8 +161,9 @@ class CheckpointFile:
 
     async def __aenter__(self) -> Self:
         """Opens the file; errors as those of `CheckpointEngine.load`."""
+        call = self._access.begin_open()
         try:
-            await self._access.begin_open().wait()
+            await call.wait()
         except BaseException:
             await self._access.host.release()
             raise
@@ -177,7 +205,7 @@ class CheckpointFile:
 
         If cancelled: reading ends soon.
         """
-        return _only(key, await self.load([key]))
+        return only(key, await self.load([key]))[1]
 
     async def load(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         """Reads the tensors that key paths or globs name, by key path; as `tensor`."""
@@ -209,8 +237,9 @@ class BlockingCheckpointFile:
 
     def __enter__(self) -> Self:
         """Opens the file; errors as those of `CheckpointEngine.load`."""
+        call = self._access.begin_open()
         try:
-            self._access.begin_open().result()
+            call.result()
         except BaseException:
             self._access.host.release_blocking()
             raise
@@ -242,7 +271,7 @@ class BlockingCheckpointFile:
 
     def tensor(self, key: str) -> torch.Tensor:
         """Reads one tensor, and checks it."""
-        return _only(key, self.load([key]))
+        return only(key, self.load([key]))[1]
 
     def load(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         """Reads the tensors that key paths or globs name, by key path."""
@@ -251,10 +280,3 @@ class BlockingCheckpointFile:
     def rows(self, key: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Reads the slice `[start:stop]` of a tensor's first dimension, unchecked."""
         return self._access.begin_rows(key, start, stop).result()
-
-
-def _only(key: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    if len(tensors) != 1:
-        names = ", ".join(tensors)
-        raise InvalidArgumentError(f"{key!r} names several tensors: {names}")
-    return next(iter(tensors.values()))

@@ -239,6 +239,13 @@ class _Alone:
         return self._machinery.loader
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> Call[T]:
+        try:
+            return self._machinery.spawn(work)
+        except BaseException:
+            work.close()
+            raise
+
+    def spawn_last(self, work: Coroutine[Any, Any, T]) -> Call[T]:
         return self._machinery.spawn(work)
 
     async def release(self) -> None:

@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from time import perf_counter
 from typing import Any, ParamSpec, TypeVar
 
@@ -27,16 +28,18 @@ from aiockpt.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     EngineStateError,
+    InvalidArgumentError,
 )
 from aiockpt.events import CommitReport, Observer
 from aiockpt.loader import Loader, LoadOptions, Opened
 from aiockpt.loop_thread import Call
 from aiockpt.machinery import Machinery
-from aiockpt.manifest import TagInfo, check_path, check_tag
+from aiockpt.manifest import FileEntry, TagInfo, check_path, check_tag
 from aiockpt.ranks.base import Ranks
 from aiockpt.ranks.single import SingleRank
 from aiockpt.retention import expired
 from aiockpt.saver import FileSave
+from aiockpt.storage.base import ReadFile
 from aiockpt.threads import outlast, run_blocking
 
 P = ParamSpec("P")
@@ -113,6 +116,10 @@ class Runtime:
         except BaseException:
             work.close()
             raise
+
+    def spawn_last(self, work: Coroutine[Any, Any, T]) -> Call[T]:
+        """As `spawn`, also while the engine is being closed."""
+        return self._machinery.spawn(work)
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> Call[T]:
         call = self._machinery.spawn(work)
@@ -270,7 +277,9 @@ class Runtime:
         try:
             tags = [info.tag for info in await self.tags()]
             for tag in expired(tags, self._config.retention):
-                await self.delete(tag)
+                # The tidying of another commit may have been first.
+                with suppress(CheckpointNotFoundError):
+                    await self.delete(tag)
         except Exception as error:  # noqa: BLE001 - a policy is the user's code
             _logger.warning("old tags of %s remain: %s", self.root, error)
 
@@ -300,22 +309,35 @@ class Runtime:
         """As `release`."""
 
     async def load_latest_valid(
-        self, paths: Sequence[str], options: LoadOptions
+        self, paths: Sequence[str | os.PathLike[str]], options: LoadOptions
     ) -> tuple[str, list[Any]]:
         """The newest tag from which all of `paths` load, and what they hold.
 
         Raises:
-            CheckpointNotFoundError: There is no such tag; says why for each.
+            CheckpointNotFoundError: There is no such tag, and why for each; or a key
+                of `options` names nothing.
+            InvalidArgumentError: No paths, or targets for more than one.
         """
+        if not paths or (options.into is not None and len(paths) > 1):
+            what = "one path, to fill targets from" if paths else "at least one path"
+            raise InvalidArgumentError(f"give {what}")
         skipped: list[str] = []
         for tag in await self._blocking(self._catalog.latest_first):
-            try:
-                states = [await self.load(path, tag, options) for path in paths]
-            except (CorruptCheckpointError, CheckpointNotFoundError) as error:
-                _logger.warning("tag %s is skipped: %s", tag, error)
-                skipped.append(f"{tag}: {error}")
-            else:
-                return tag, states
+            with ExitStack() as stack:
+                try:
+                    opened = await self._blocking(self._catalog.open_files, paths, tag)
+                except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+                    _skip(skipped, tag, error)
+                    continue
+                for file, _ in opened:
+                    stack.callback(file.close)
+                try:
+                    return tag, [
+                        await self.loader.load(_opened(*each), options)
+                        for each in opened
+                    ]
+                except CorruptCheckpointError as error:
+                    _skip(skipped, tag, error)
         text = "\n  ".join([f"no tag of {self.root!r} can be loaded:", *skipped])
         raise CheckpointNotFoundError(text)
 
@@ -388,6 +410,15 @@ class Runtime:
     def join(self) -> None:
         """Blocks until the threads have ended."""
         self._machinery.join()
+
+
+def _opened(file: ReadFile, entry: FileEntry) -> Callable[[], Opened]:
+    return lambda: (file, entry.crc32)
+
+
+def _skip(skipped: list[str], tag: str, error: CheckpointError) -> None:
+    _logger.warning("tag %s is skipped: %s", tag, error)
+    skipped.append(f"{tag}: {error}")
 
 
 def raise_untold(errors: Sequence[CheckpointError]) -> None:

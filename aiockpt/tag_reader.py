@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+from collections.abc import Sequence
 from typing import Final
 
 from aiockpt.errors import (
@@ -181,24 +182,39 @@ class TagReader:
         text: object = os.fspath(path) if isinstance(path, os.PathLike) else path
         if tag is None and isinstance(text, str) and text.startswith(f"{root}/"):
             tag, _, text = text.removeprefix(f"{root}/").partition("/")
+        return self._open_files([text], tag)[0]
+
+    def open_files(
+        self, paths: Sequence[str | os.PathLike[str]], tag: str
+    ) -> list[tuple[ReadFile, FileEntry]]:
+        """Opens several files of one commit of a published tag; as `open_file`."""
+        return self._open_files([os.fspath(path) for path in paths], tag)
+
+    def _open_files(
+        self, paths: Sequence[object], tag: str | None
+    ) -> list[tuple[ReadFile, FileEntry]]:
+        root = self._storage.root
         while True:
             manifest = self.manifest(tag) if tag is not None else self._latest()
             if manifest is None:
                 raise CheckpointNotFoundError(f"nothing is published in {root!r}")
-            relative = check_path(text, [f"{root}/{manifest.tag}"])
-            try:
-                file, entry = self._open_entry(manifest, relative)
-            except (CheckpointNotFoundError, CorruptCheckpointError):
-                if self._is_current(manifest):
-                    raise
-                continue
+            own = [f"{root}/{manifest.tag}"]
+            relative = [check_path(path, own) for path in paths]
             with contextlib.ExitStack() as stack:
-                stack.callback(file.close)
-                # Opened between two equal looks, it is the manifest's file; else the
-                # tag was overwritten, or deleted, in between.
+                opened: list[tuple[ReadFile, FileEntry]] = []
+                try:
+                    for path in relative:
+                        opened.append(self._open_entry(manifest, path))
+                        stack.callback(opened[-1][0].close)
+                except (CheckpointNotFoundError, CorruptCheckpointError):
+                    if self._is_current(manifest):
+                        raise
+                    continue
+                # Opened between two equal looks, they are the manifest's files; else
+                # the tag was overwritten, or deleted, in between.
                 if self._is_current(manifest):
                     stack.pop_all()
-                    return file, entry
+                    return opened
 
     def _is_current(self, manifest: Manifest) -> bool:
         try:

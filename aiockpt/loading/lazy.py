@@ -2,7 +2,6 @@
 
 __all__ = ["LazyFile", "Loading"]
 
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -46,7 +45,7 @@ class Loading(Protocol):
 
 
 class LazyFile:
-    """One open file. Its methods block: call them in a worker.
+    """One open file. Its methods block: call them in a worker, one at a time.
 
     Attributes:
         info: What is in the file.
@@ -68,8 +67,6 @@ class LazyFile:
             loading: How a reader loads from the file.
             reader: What this call reads with.
         """
-        # One call at a time, so that none reads from a file that another closes.
-        self._lock = threading.Lock()
         self._file = file
         self._placement = placement
         self._loading = loading
@@ -78,14 +75,14 @@ class LazyFile:
 
     def load(self, keys: Sequence[str], reader: Reader) -> dict[str, torch.Tensor]:
         """The tensors that the key paths or globs name, by key path."""
-        with self._lock, named(self._file):
+        with named(self._file):
             return self._loading(reader).load_keys(keys)
 
     def rows(
         self, key: str, start: int, stop: int | None, reader: Reader
     ) -> torch.Tensor:
         """The part `[start:stop]` of a tensor along its first dimension."""
-        with self._lock, named(self._file):
+        with named(self._file):
             window = self._loading(reader).window(key)
             if not window.shape:
                 raise InvalidArgumentError(f"{self._file.path}: {key!r} has no rows")
@@ -102,16 +99,15 @@ class LazyFile:
             return rows.set_(storage, 0, shape, window.stride)
 
     def close(self) -> None:
-        """Closes the file, once nothing is read from it. Idempotent."""
-        with self._lock:
-            self._file.close()
+        """Closes the file. Idempotent."""
+        self._file.close()
 
 
 def _part(window: Window, start: int, shape: tuple[int, ...]) -> Region:
     """The bytes from the first to the last element of some rows."""
-    first = window.offset + start * window.stride[0]
-    span = 0
+    span = first = 0
     if 0 not in shape:
+        first = window.offset + start * window.stride[0]
         pairs = zip(shape, window.stride, strict=True)
         span = 1 + sum((size - 1) * step for size, step in pairs)
     width = window.dtype.itemsize

@@ -54,6 +54,15 @@ class Reader:
             read.close()
             self._current = None
 
+    def check(self) -> None:
+        """Returns if the load goes on.
+
+        Raises:
+            concurrent.futures.CancelledError: `stop` was called.
+        """
+        if self._is_stopped:
+            raise concurrent.futures.CancelledError
+
     def stop(self) -> None:
         """Ends the load: what waits for bytes raises, what is read is not used."""
         with self._lock:

@@ -27,7 +27,7 @@ from aiockpt.loading.reading import (
     open_mapping,
     read_bytes,
 )
-from aiockpt.loading.selecting import Described, Targets, check_targets, select
+from aiockpt.loading.selecting import Described, Targets, check_targets, only, select
 from aiockpt.storage.base import ReadFile
 
 # The format does not say where tensors were: `map_location` is told they were here.
@@ -96,7 +96,7 @@ class SafetensorsLoading:
 
     def window(self, key: str) -> Window:
         """Where the elements of one tensor stand."""
-        (entry,) = self._entries([key]).values()
+        _, entry = only(key, self._entries([key]))
         stride = _row_major(entry.shape)
         region = tensor_region(entry)
         return Window(region, entry.dtype, entry.shape, stride, 0, _LOCATION)

@@ -5,6 +5,7 @@ __all__ = [
     "Targets",
     "check_targets",
     "is_plain",
+    "only",
     "select",
     "tensors_by_key",
 ]
@@ -102,6 +103,18 @@ def select(
             raise CheckpointNotFoundError(text)
         chosen.update(names)
     return {name: value for name, value in tensors.items() if name in chosen}
+
+
+def only(pattern: str, chosen: Mapping[str, T]) -> tuple[str, T]:
+    """Returns the one tensor that a pattern was to name, and its key path.
+
+    Raises:
+        InvalidArgumentError: It names several.
+    """
+    if len(chosen) > 1:
+        names = ", ".join(list(chosen)[:_MAX_SHOWN])
+        raise InvalidArgumentError(f"{pattern!r} names several tensors: {names}")
+    return next(iter(chosen.items()))
 
 
 def _matches(pattern: str, names: Mapping[str, object]) -> list[str]:

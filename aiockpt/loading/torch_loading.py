@@ -25,6 +25,7 @@ from aiockpt.loading.selecting import (
     Targets,
     check_targets,
     is_plain,
+    only,
     select,
     tensors_by_key,
 )
@@ -81,7 +82,7 @@ class TorchLoading:
 
     def window(self, key: str) -> Window:
         """Where the elements of one tensor stand; errors as those of `Loading`."""
-        ((name, node),) = self._tensors([key]).items()
+        name, node = only(key, self._tensors([key]))
         if not is_plain(node) or node.storage_key is None:
             text = f"{self.records.file.path}: {name!r} is not kept as rows"
             raise InvalidArgumentError(text)
@@ -135,6 +136,7 @@ class TorchLoading:
                 # torch aligns records; who repacked the file may not have done so.
                 is_aligned = region.offset % _ALIGNMENT_BYTES == 0
                 return storage if is_aligned else storage.clone()  # type: ignore[no-untyped-call]
+            self.reader.check()
             with self.records.keyed(region.name):
                 return read_storage(self.records.file, region)
 

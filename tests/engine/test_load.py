@@ -2,13 +2,16 @@
 
 import asyncio
 import logging
+import weakref
 
 import pytest
 import torch
 
 import aiockpt
-from aiockpt.storage import local_read
-from gates import Gate
+from aiockpt.loading import arenas as arenas_module
+from aiockpt.storage import local, local_read
+from gates import LIMIT_S, Gate, held, turns
+from thread_work import no_cycle_collector
 
 MIB = 1 << 20
 
@@ -262,3 +265,148 @@ async def test_filling_is_seen_by_autograd(engine):
     await engine.load("model.pt", into={"w": target})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# --- what a review found -----------------------------------------------------------
+
+
+async def test_a_target_whose_memory_was_taken_away_is_refused(engine):
+    await saved(engine, {"w": torch.ones(1000)})
+    for nbytes in (0, 64):
+        target = torch.zeros(1000)
+        target.untyped_storage().resize_(nbytes)
+        with pytest.raises(aiockpt.InvalidArgumentError, match="smaller than"):
+            await engine.load("model.pt", into={"w": target})
+
+
+async def test_a_target_that_gets_other_memory_meanwhile_harms_nobody(engine, reads):
+    state = model_state()
+    await saved(engine, state)
+    target = torch.zeros_like(state["large"])
+    into = {"large": target, "small": [torch.zeros_like(t) for t in state["small"]]}
+    reads.hold()
+    load = asyncio.create_task(engine.load("model.pt", into=into))
+    await reads.gate.reached()
+    target.data = torch.zeros(5, dtype=torch.uint8)
+    others = [torch.zeros_like(state["large"]) for _ in range(3)]
+    reads.gate.open()
+    await load
+    assert not any(other.any() for other in others)
+
+
+async def test_a_failed_fill_is_seen_by_autograd_too(engine, root):
+    await saved(engine, {"w": torch.arange(5000.0)})
+    path = root / "one" / "model.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    target = torch.zeros(5000)
+    before = target._version
+    with pytest.raises(aiockpt.CorruptCheckpointError):
+        await engine.load("model.pt", into={"w": target})
+    assert target._version > before
+
+
+@pytest.mark.parametrize("fault", ["corrupt", "unplaced", "keys", "cancelled"])
+async def test_a_load_that_ends_badly_keeps_no_memory(
+    engine, root, reads, monkeypatch, fault
+):
+    arenas = []
+
+    class Arena(arenas_module.Arena):
+        def __init__(self, nbytes):
+            super().__init__(nbytes)
+            arenas.append(weakref.ref(self))
+
+    monkeypatch.setattr("aiockpt.loading.bulk.Arena", Arena)
+    await saved(engine, model_state())
+    path = root / "one" / "model.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+
+    def refuse(storage, location):
+        raise KeyError(location)
+
+    with no_cycle_collector():
+        match fault:
+            case "corrupt" | "keys":
+                path.write_bytes(data)
+                keys = ["large"] if fault == "keys" else None
+                with pytest.raises(aiockpt.CorruptCheckpointError):
+                    await engine.load("model.pt", keys=keys)
+            case "unplaced":
+                with pytest.raises(KeyError):
+                    await engine.load("model.pt", map_location=refuse)
+            case "cancelled":
+                reads.hold()
+                task = asyncio.create_task(engine.load("model.pt"))
+                await reads.gate.reached()
+                task.cancel()
+                reads.gate.open()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                del task
+        await engine.tags()
+        assert arenas
+        assert not [arena for arena in arenas if arena() is not None]
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+@pytest.mark.parametrize("options", [{}, {"verify": False}, {"keys": ["*"]}])
+async def test_tensors_without_elements_are_loaded_wherever_they_stand(
+    engine, name, options
+):
+    state = {
+        "a": torch.zeros(1024),
+        "b": torch.zeros(0, 3),
+        "c": torch.zeros(1024),
+        "d": torch.zeros(0),
+    }
+    await saved(engine, state, name)
+    found = await engine.load(name, **options)
+    assert {key: tuple(tensor.shape) for key, tensor in found.items()} == {
+        key: tuple(tensor.shape) for key, tensor in state.items()
+    }
+
+
+async def test_what_map_location_raises_is_raised_once_and_as_it_is(engine):
+    await saved(engine, {"w": torch.ones(10)})
+    error = ValueError("not there")
+    asked = []
+
+    def refuse(storage, location):
+        asked.append(location)
+        raise error
+
+    with pytest.raises(ValueError, match="not there") as caught:
+        await engine.load("model.pt", map_location=refuse)
+    assert caught.value is error
+    assert asked == ["cpu"]
+
+
+async def test_a_load_that_waits_for_the_ring_can_be_cancelled(engine, monkeypatch):
+    state = model_state()
+    await saved(engine, state)
+    into = {
+        "large": torch.zeros_like(state["large"]),
+        "small": [torch.zeros_like(t) for t in state["small"]],
+    }
+    with held(monkeypatch, local._LocalWriteFile, "_write") as gate:
+        await engine.create("two")
+        await engine.save(state, "model.pt")
+        await gate.reached()
+        while engine.ring_bytes[0] < engine.ring_bytes[1]:
+            await turns(1)
+        task = asyncio.create_task(engine.load("model.pt", tag="one", into=into))
+        await turns(20)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(asyncio.shield(task), LIMIT_S)
+    await engine.commit("two")
+
+
+async def test_any_iterable_names_keys(engine):
+    await saved(engine, {"a": torch.ones(3), "b": torch.ones(2)})
+    assert (await engine.load("model.pt", keys=(key for key in "a"))).keys() == {"a"}
+    with pytest.raises(aiockpt.CheckpointNotFoundError):
+        await engine.load("model.pt", keys=(key for key in "x"))

@@ -3,6 +3,9 @@
 import asyncio
 import contextlib
 import os
+import subprocess
+import sys
+from concurrent.futures import Future
 
 import pytest
 import safetensors.torch
@@ -12,6 +15,7 @@ import aiockpt
 import states
 from aiockpt import sync
 from equality import assert_same_state
+from gates import happened
 
 STATE = {
     "model": {"w": torch.arange(12_000.0).view(300, 40), "b": torch.ones(7)},
@@ -262,3 +266,89 @@ def test_the_blocking_door_falls_back_too(root):
         with engine.open("model.pt", tag="step-1") as file:
             assert file.rows("w", 1, 3).tolist() == [1, 1]
     assert os.listdir(root)
+
+
+async def test_a_missing_key_is_no_fault_of_the_tag(engine):
+    with pytest.raises(aiockpt.CheckpointNotFoundError, match="near"):
+        await engine.load_latest_valid("model.pt", keys=["ww"])
+
+
+async def test_all_files_come_from_one_commit_of_a_tag(engine, monkeypatch):
+    opened = type(engine._runtime._catalog._storage).open_read
+    is_first = True
+
+    async def overwrite():
+        await engine.create("step-3", overwrite=True)
+        for name in ("model.pt", "optimizer.pt"):
+            await engine.save({"w": torch.zeros(10), "step": 30}, name)
+        await engine.commit("step-3")
+
+    def open_and_overwrite(storage, path):
+        nonlocal is_first
+        if path == "step-3/optimizer.pt" and is_first:
+            is_first = False
+            gate.set_result(None)
+            done.result(30)
+        return opened(storage, path)
+
+    gate, done = Future(), Future()
+    storage_class = type(engine._runtime._catalog._storage)
+    monkeypatch.setattr(storage_class, "open_read", open_and_overwrite)
+    load = asyncio.create_task(engine.load_latest_valid("model.pt", "optimizer.pt"))
+    await happened(gate)
+    await overwrite()
+    done.set_result(None)
+    tag, found = await load
+    assert tag == "step-3"
+    assert [state["step"] for state in found] == [30, 30]
+
+
+async def test_what_makes_no_sense_of_several_files_is_refused(engine):
+    with pytest.raises(aiockpt.InvalidArgumentError, match="one path"):
+        await engine.load_latest_valid()
+    with pytest.raises(aiockpt.InvalidArgumentError, match="one path"):
+        await engine.load_latest_valid("model.pt", "optimizer.pt", into={})
+
+
+async def test_an_open_file_cannot_be_entered_again_and_stays_open(path):
+    opened = aiockpt.open(path)
+    async with opened as file:
+        with pytest.raises(aiockpt.EngineStateError, match="already"):
+            await opened.__aenter__()
+        assert torch.equal(await file.tensor("model.b"), FLAT["model.b"])
+
+
+async def test_rows_of_several_tensors_are_refused(path):
+    async with aiockpt.open(path) as file:
+        with pytest.raises(aiockpt.InvalidArgumentError, match="several"):
+            await file.rows("model.*")
+
+
+def test_rows_of_nothing_are_empty_wherever_they_stand(tmp_path):
+    torch.save({"w": torch.zeros(4096, 4), "e": torch.zeros(5, 0)}, tmp_path / "f.pt")
+    with sync.open(tmp_path / "f.pt") as file:
+        for row in range(0, 4097, 64):
+            assert file.rows("w", row, row).shape == (0, 4)
+        assert file.rows("e", 1, 3).shape == (2, 0)
+
+
+FORKED = """
+import os, sys, warnings
+import aiockpt
+from aiockpt import sync
+warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads
+with sync.open(sys.argv[1]) as file:
+    child = os.fork()
+    if child == 0:
+        try:
+            file.tensor("model.b")
+        except aiockpt.EngineStateError:
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert file.tensor("model.b").shape == (7,)
+"""
+
+
+def test_an_open_file_is_of_no_use_in_a_forked_child(path):
+    subprocess.run([sys.executable, "-c", FORKED, str(path)], check=True, timeout=50)

@@ -31,8 +31,11 @@ from aiockpt.errors import (
     InvalidArgumentError,
     UnsafePickleError,
 )
+from aiockpt.formats.zip_directory import parse_directory
+from aiockpt.formats.zip_end import find_directory
 from aiockpt.loader import LoadOptions, inspect_file
 from aiockpt.loading.placing import Placement
+from aiockpt.loading.plain_unpickling import NotPlainError, unpickle_plain
 from aiockpt.loading.reading import read_storage
 from aiockpt.loading.storages import StorageLoader
 from aiockpt.loading.torch_file import TorchFile
@@ -891,10 +894,65 @@ def test_a_file_repacked_by_another_writer_loads(path, tmp_path):
             ours.writestr(info.filename, theirs.read(info))
     for options in HEADER_USES.values():
         if "into" not in options and "map_location" not in options:
-            assert torch.equal(load(path, **options)["w"], state["w"])
+            found = load(path, **options)["w"]
+            assert torch.equal(found, state["w"])
+            assert found.data_ptr() % 16 == 0 or "mmap" in options
     into = {"w": torch.zeros(50), "n": torch.zeros(3, dtype=torch.int64)}
     load(path, into=into)
     assert_same_state(into, state)
+
+
+@pytest.mark.parametrize("num_unused", [1, 12, 64, 4096])
+def test_unused_bytes_behind_records_are_passed_over(num_unused, path):
+    state = {f"w{n}": torch.arange(n * 100.0) for n in range(5)}
+    torch.save(state, path)
+    path.write_bytes(spread(path.read_bytes(), num_unused))
+    assert_same_state(torch.load(path), state)
+    for options in ({}, {"keys": ["w3"]}, {"verify": False}, {"mmap": True}):
+        found = load(path, **options)
+        assert all(torch.equal(found[key], state[key]) for key in found)
+
+
+def spread(data: bytes, num_unused: int) -> bytes:
+    """The zip with bytes that belong to nobody before each local header but the first."""
+    span = find_directory(data, len(data))
+    entries = parse_directory(data[span.offset :][: span.nbytes], span).entries.values()
+    starts = sorted(entry.header_offset for entry in entries)
+    moved = {start: start + number * num_unused for number, start in enumerate(starts)}
+    body = bytearray()
+    for start, stop in pairwise([*starts, span.offset]):
+        body += data[start:stop] + b"?" * num_unused
+    directory = bytearray(data[span.offset : span.offset + span.nbytes])
+    at = 0
+    while at < len(directory):
+        lengths = struct.unpack_from("<HHH", directory, at + 28)
+        (old,) = struct.unpack_from("<I", directory, at + 42)
+        struct.pack_into("<I", directory, at + 42, moved[old])
+        at += 46 + sum(lengths)
+    end = struct.pack(
+        "<IHHHHIIH",
+        0x06054B50,
+        0,
+        0,
+        len(starts),
+        len(starts),
+        len(directory),
+        len(body),
+        0,
+    )
+    return bytes(body + directory) + end
+
+
+def test_a_tensor_of_more_dimensions_than_torch_has_is_left_to_torch():
+    ones = b"(" + b"K\1" * 65 + b"t"
+    data = (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage_pid(numel=1)
+        + b"K\0" + ones + ones + b"\x89ccollections\nOrderedDict\n)RtR."
+    )  # fmt: skip
+    storages = mock.Mock()
+    storages.untyped.return_value = torch.zeros(1).untyped_storage()
+    with pytest.raises(NotPlainError):
+        unpickle_plain(data, storages)
 
 
 def test_no_shorter_file_ever_loads(path):

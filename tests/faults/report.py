@@ -1,0 +1,203 @@
+"""The results of the fault matrix, from their first line to the page of the docs.
+
+    python tests/faults/report.py begin                        prints the new file
+    python tests/faults/report.py write RESULTS docs/faults.md
+
+`begin` makes a file of results, named by machine, day and commit, whose first line is
+the machine; the matrix (`--faults-report`) and `peers.py` add to it. `write` makes the
+page of it, and fails where a row is missing or something was not survived.
+"""
+
+import argparse
+import datetime as dt
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+RESULTS = HERE / "results"
+
+# What makes the fault of each row. Every one of these must be in the results.
+TOOLS = {
+    1: "calls intercepted in the process",
+    2: "calls intercepted in the process",
+    3: "SIGKILL in a forked process",
+    5: "shutdown ioctl on a loop image; btrfs: copied image",
+    6: "log of a FUSE disk, replayed on loop images",
+    7: "calls intercepted; thin loop images",
+    8: "asyncio",
+    9: "edited files; calls intercepted",
+    11: "calls intercepted; cgroup",
+    12: "calls intercepted; fsfreeze",
+    13: "processes, threads and tasks",
+    17: "SIGKILL and errno, one after the other",
+    18: "loop images, tmpfs, ramfs, overlay",
+    20: "aiockpt broken on purpose",
+    21: "one process",
+}
+LOST = ("missing", "older", "unreadable", "wrong", "torn")
+SEEN = ("detected", "harmless", "undetected")
+NAMES = {"new": "a new name each time", "again": "four names, in turns"}
+
+Record = dict[str, Any]
+
+
+def machine() -> Record:
+    """Where and of what the results are."""
+    return {
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "safetensors": version("safetensors"),
+        "commit": _commit(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+    }
+
+
+def _commit() -> str:
+    """The commit, marked where the tree differs from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE)
+    return done.stdout.strip()
+
+
+def begin() -> Path:
+    """A file of results that has only its first line; one of this name goes."""
+    about = machine()
+    RESULTS.mkdir(exist_ok=True)
+    day, commit = about["date"].replace("-", ""), about["commit"]
+    path = RESULTS / f"faults_{about['cores']}cores_{day}_{commit}.jsonl"
+    path.write_text(json.dumps({"machine": about}) + "\n", encoding="utf-8")
+    return path
+
+
+def problems(records: Sequence[Record]) -> Iterator[str]:
+    """What is missing in the results, and what was not survived."""
+    if not records or "machine" not in records[0]:
+        yield "the results do not begin with a machine"
+    rows = {record["row"] for record in records if "row" in record}
+    yield from (f"row {row} was not run" for row in sorted(TOOLS.keys() - rows))
+    for record in records:
+        if record.get("survived") != record.get("cases"):
+            yield f"not survived: {record}"
+        lost = [record.get(key, 0) for key in (*LOST, "undetected")]
+        if record.get("contender") == "aiockpt" and any(lost):
+            yield f"lost by aiockpt: {record}"
+    for kind in ("disk", "damage"):
+        if not any(kind in record for record in records):
+            yield f"no comparison by {kind}"
+
+
+# --- the page ---------------------------------------------------------------------
+
+HEAD = """# Faults
+
+What aiockpt was put through, and how much of it it survived. This page is made of one
+file of results, `{source}`; nothing in it is written by hand.
+
+Commit {commit}, {date}; {cores} cores, Linux {kernel}, Python {python}, torch {torch},
+safetensors {safetensors}. To repeat it, as root:
+
+```sh
+python3 -m pip install nox && python3 -m nox -s faults
+```
+
+A case is survived if all that must hold held: what was acknowledged is there and loads
+to the last bit, nothing torn can be seen, errors name their cause, and the next engine
+goes on. A mutant is survived if it was caught. Rows 5 and 6 cut the power of file
+systems on images of their own: in row 5 all that the file system had not yet handed to
+its disk is lost, at any moment of a save; in row 6 also what the disk was not told to
+flush, in part and in any order.
+
+"""
+
+PEERS = """
+## Beside its peers
+
+Each in its ordinary use, in one process; what was saved is acknowledged when the call
+has returned. The power is cut within a tenth of a second of an acknowledgement, and
+before half of the cuts the kernel writes back what it caches at any moment. Saves that
+are older than the kernel's write-back, usually half a minute, are not at risk by this.
+
+- *missing*, *unreadable*: acknowledged, and it is gone, or fails to load.
+- *older*: acknowledged, and what was there before is there still.
+- *wrong*: loads without an error, and is not what was saved.
+- *torn*: never acknowledged, has its name, and fails to load.
+
+"""
+
+DAMAGE = """
+### Damaged files
+
+One change to one file of a saved checkpoint, which is then loaded: *detected* by an
+error, *harmless* where what was saved is loaded all the same, or *undetected*.
+
+"""
+
+
+def page(records: Sequence[Record], source: str) -> str:
+    """The page of these records."""
+    rows = [record for record in records if "row" in record]
+    about = {**records[0]["machine"], "source": source}
+    faults = sorted(rows, key=lambda record: (record["row"], record["fault"]))
+    disks = [record for record in records if "disk" in record]
+    damages = [record for record in records if "damage" in record]
+    return (
+        HEAD.format(**about)
+        + _table(
+            ("row", "name", "fault", "tool", "run", "cases", "survived"),
+            ({**record, "tool": TOOLS[record["row"]]} for record in faults),
+        )
+        + f"\n{sum(record['survived'] for record in rows):,} of "
+        + f"{sum(record['cases'] for record in rows):,} cases survived.\n"
+        + PEERS
+        + _table(
+            ("disk", "saved under", "contender", "cuts", "acknowledged", *LOST),
+            ({**record, "saved under": NAMES[record["names"]]} for record in disks),
+        )
+        + DAMAGE
+        + _table(("damage", "contender", *SEEN), damages)
+    )
+
+
+def _table(columns: Sequence[str], records: Iterable[Record]) -> str:
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[str(record[column]) for column in columns] for record in records]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write(source: Path, target: Path) -> None:
+    """Writes the page; then fails if anything is amiss."""
+    lines = source.read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    shown = source.resolve().relative_to(REPOSITORY)
+    target.write_text(page(records, str(shown)), encoding="utf-8")
+    if found := list(problems(records)):
+        sys.exit("\n".join(found))
+
+
+def main() -> None:
+    """See above."""
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(required=True)
+    commands.add_parser("begin").set_defaults(
+        run=lambda _: sys.stdout.write(f"{begin()}\n")
+    )
+    writing = commands.add_parser("write")
+    writing.add_argument("source", type=Path)
+    writing.add_argument("target", type=Path)
+    writing.set_defaults(run=lambda given: write(given.source, given.target))
+    given = parser.parse_args()
+    given.run(given)
+
+
+if __name__ == "__main__":
+    main()
