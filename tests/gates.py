@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from aiockpt.errors import CheckpointError
+from aiockpt.loop_thread import Call
 from aiockpt.machinery import Machinery
 from aiockpt.runtime import Runtime
-from aiockpt.loop_thread import Call
 
 # Only a failing test ever waits this long.
 LIMIT_S = 30.0
