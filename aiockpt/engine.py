@@ -239,6 +239,9 @@ class CheckpointEngine:
     ) -> Any:
         """Loads one file of a published tag, verified.
 
+        The memory of loaded tensors is ordinary, except that their storages cannot be
+        resized in place, as with `torch.load(mmap=True)`.
+
         Args:
             path: The file, relative to the tag (or absolute, inside a tag).
             map_location: Where tensors go, in every form that `torch.load` takes.
@@ -254,7 +257,8 @@ class CheckpointEngine:
                 misfits. Contiguous host memory is filled by way of the ring; a target
                 of another kind costs its size in memory for a moment. Where the file
                 turns out to be corrupt, the targets' content is undefined. The result
-                is what was saved, with the targets in it.
+                is what was saved, with the targets in it: an optimizer's numbers (its
+                learning rate) are there, and not in the optimizer.
             keys: Key paths of tensors or globs over them (`model.layers.0.*`): only
                 these are read, and the result is a dict of tensors by key path.
             mmap: Whether tensors are mapped from the file instead of read (and, since
@@ -309,7 +313,8 @@ class CheckpointEngine:
             The tag, and what was saved in each of the files.
 
         Raises:
-            CheckpointNotFoundError: No tag is left; the message says why for each.
+            CheckpointNotFoundError: No tag is left, and why for each; or a key names
+                nothing, for which no older tag is tried.
             StorageError: The file system refused. This says nothing about the tag, so
                 no older one is taken.
             InvalidArgumentError: As `load`; no older tag is tried.
