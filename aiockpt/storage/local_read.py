@@ -52,6 +52,7 @@ class LocalReadFile:
         if not stat.S_ISREG(status.st_mode):
             raise StorageError(errno.EINVAL, "not a regular file", full)
         self.nbytes = status.st_size
+        self._is_owned = status.st_uid == os.geteuid()
         # What is read in small pieces is scattered: reading ahead of it, megabytes
         # at a time, would read many times what a partial load needs.
         with contextlib.suppress(OSError):
@@ -146,10 +147,7 @@ class LocalReadFile:
             return None  # Blocks do not start at pages, of which `mincore` speaks.
         descriptor = self._descriptor
         # To others the kernel calls every page cached.
-        if not (
-            os.fstat(descriptor).st_uid == os.geteuid()
-            or os.access(f"/proc/self/fd/{descriptor}", os.W_OK)
-        ):
+        if not (self._is_owned or os.access(f"/proc/self/fd/{descriptor}", os.W_OK)):
             return None
         address = _libc.mmap(
             None, self.nbytes, _PROT_READ, _MAP_SHARED, descriptor, ctypes.c_int64(0)

@@ -14,6 +14,8 @@ from gates import LIMIT_S, Gate, held, turns
 from thread_work import no_cycle_collector
 
 MIB = 1 << 20
+# Each goes through the engine's threads; only a failing test looks so often.
+NUM_LOOKS = 2000
 
 
 @pytest.fixture
@@ -346,9 +348,13 @@ async def test_a_load_that_ends_badly_keeps_no_memory(
                 with pytest.raises(asyncio.CancelledError):
                     await task
                 del task
-        await engine.tags()
         assert arenas
-        assert not [arena for arena in arenas if arena() is not None]
+        # The worker that read last may yet have to let go of its job.
+        for _ in range(NUM_LOOKS):
+            if all(arena() is None for arena in arenas):
+                break
+            await engine.tags()
+        assert all(arena() is None for arena in arenas)
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])

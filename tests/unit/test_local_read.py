@@ -74,6 +74,9 @@ def test_a_cold_file_is_read_around_the_page_cache(path, calls):
     descriptor = os.open(path, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
+    with closing(opened(path)) as file:
+        if file._is_cached(0, file.nbytes):
+            pytest.skip("this file system keeps its files in memory")
     seen = calls()
     assert blocks_of(path) == expected
     assert all(seen.are_direct)
