@@ -26,6 +26,8 @@ def install(session: nox.Session, *extras: str) -> None:
     is then satisfied already, whatever newer build an index offers.
     """
     session.install(_pinned("torch"))
+    # DeepSpeed is built here from source; its kernels are not needed, and slow to make.
+    session.env["DS_BUILD_OPS"] = "0"
     package = f".[{','.join(extras)}]" if extras else "."
     session.install("--constraint", CONSTRAINTS, "--editable", package)
 
@@ -54,7 +56,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Both type checkers, strict; `pyproject.toml` says on which files."""
-    install(session, "dev")
+    install(session, "dev", "integrations")
     session.run("mypy")
     session.run("pyright")
 
@@ -62,7 +64,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """pytest, without the tests that take minutes unless arguments say otherwise."""
-    install(session, "dev")
+    install(session, "dev", "integrations")
     session.run("pytest", *(session.posargs or ["-m", "not slow"]))
 
 

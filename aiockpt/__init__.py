@@ -16,12 +16,14 @@ __all__ = [
     "CheckpointNotFoundError",
     "CommitReport",
     "CorruptCheckpointError",
+    "DeadlineError",
     "EngineConfig",
     "EngineStateError",
     "InvalidArgumentError",
     "KeepEvery",
     "KeepLast",
     "PeerError",
+    "PreflightReport",
     "SaveHandle",
     "StagingError",
     "StorageError",
@@ -40,6 +42,7 @@ from aiockpt.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
+    DeadlineError,
     EngineStateError,
     InvalidArgumentError,
     PeerError,
@@ -52,4 +55,5 @@ from aiockpt.events import CommitReport
 from aiockpt.manifest import TagInfo
 from aiockpt.onefile import load, save
 from aiockpt.onefile import open_file as open  # noqa: A004 - as `torch.load` is `load`
+from aiockpt.preflight import PreflightReport
 from aiockpt.retention import KeepEvery, KeepLast

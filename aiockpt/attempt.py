@@ -4,20 +4,30 @@ __all__ = ["Attempt", "Means"]
 
 import asyncio
 import copy
+import errno
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from time import perf_counter
 
+from aiockpt.agreement import Agreement, Share
 from aiockpt.catalog import Catalog
-from aiockpt.errors import CheckpointError, EngineStateError, InvalidArgumentError
+from aiockpt.errors import (
+    CheckpointError,
+    EngineStateError,
+    InvalidArgumentError,
+    StagingError,
+    StorageError,
+    TornSnapshotError,
+)
 from aiockpt.events import CommitReport, Event, Failed, Published, Synced
 from aiockpt.manifest import FileEntry
 from aiockpt.ranks.base import Ranks
+from aiockpt.replicas import ReplicaSaver
 from aiockpt.saver import FileSave, Saver
-from aiockpt.threads import outlast, run_blocking
+from aiockpt.threads import finish, outlast, run_blocking, watch
 
 _logger = logging.getLogger(__name__)
 
@@ -54,17 +64,13 @@ class Attempt:
         stall_s: Time that callers of `staged` were held.
     """
 
-    def __init__(
-        self, means: Means, tag: str, directory: str, name: str, *, is_overwrite: bool
-    ) -> None:
+    def __init__(self, means: Means, tag: str, agreement: Agreement) -> None:
         """Open for saves.
 
         Args:
             means: What to work with.
             tag: The name to publish under.
-            directory: An empty directory of its own, relative to the root.
-            name: Unique among all attempts at all tags of the root.
-            is_overwrite: Whether it may take the place of a published tag.
+            agreement: Publishes it, with the other ranks.
         """
         self.tag = tag
         self.failure: CheckpointError | None = None
@@ -72,13 +78,11 @@ class Attempt:
         self.report: CommitReport | None = None
         self.stall_s = 0.0
         self._means = means
-        self._directory = directory
-        self._name = name
-        self._is_overwrite = is_overwrite
+        self._agreement = agreement
+        self._directory = agreement.place.directory
         self._saves: dict[str, FileSave] = {}
         self._tasks: set[asyncio.Task[object]] = set()
         self._is_sealed = False
-        self._is_publishing = False
         self._adding = threading.Lock()
         self._ending = asyncio.Lock()
 
@@ -155,7 +159,7 @@ class Attempt:
             self._tasks.discard(task)
             try:
                 if save.error is not None and self.failure is None:
-                    await self._fail(save.error, save.path)
+                    await self._refuse(save.error, save.path)
             finally:
                 save.written.set()
 
@@ -165,6 +169,7 @@ class Attempt:
                 await self._save(save)
             else:
                 save.error = self.failure
+                await self.refuse_together(save.path, save.replicas)
         except asyncio.CancelledError:
             save.error = self.failure
             raise
@@ -173,11 +178,43 @@ class Attempt:
 
     async def _save(self, save: FileSave) -> None:
         target = f"{self._directory}/{save.path}"
-        if "/" in save.path:
-            parent, _ = target.rsplit("/", 1)
-            storage = self._means.saver.storage
-            await run_blocking(self._means.planners, storage.make_dirs, parent)
-        await self._means.saver.run(save, target, self._means.ranks.rank)
+        try:
+            if save.replicas:
+                await self._together(save.replicas).run(save, target)
+            else:
+                await self._means.saver.run(save, target, self._means.ranks.rank)
+        except StorageError as error:
+            if error.errno != errno.EEXIST:
+                raise
+            # No two saves of this rank have one path.
+            message = (
+                f"{save.path!r} has been saved in tag {self.tag!r} by another rank"
+            )
+            raise InvalidArgumentError(message) from error
+
+    async def refuse_together(self, path: str, replicas: Sequence[int]) -> None:
+        """Sees to it that no rank waits for this one to save a file with it.
+
+        Does nothing where this one has not failed.
+
+        If cancelled: it is finished first.
+        """
+        if replicas and self.failure is not None:
+            await self._together(replicas).refuse(path, self.failure)
+
+    def _together(self, replicas: Sequence[int]) -> ReplicaSaver:
+        return ReplicaSaver(
+            saver=self._means.saver,
+            ranks=self._means.ranks,
+            group=replicas,
+            topic=f"save {self._agreement.place.name}",
+        )
+
+    async def _refuse(self, error: CheckpointError, path: str | None) -> None:
+        """Fails the attempt on all ranks, for what went wrong on this one."""
+        self.failure = error
+        told = await self._agreement.refuse(error, _phase(error))
+        await self._fail(told if isinstance(told, CheckpointError) else error, path)
 
     async def _fail(self, error: CheckpointError, path: str | None) -> None:
         """Ends the attempt: its other saves stop, and the disk is given back."""
@@ -189,6 +226,11 @@ class Attempt:
         while tasks:
             _, tasks = await asyncio.wait(tasks)
         await self.discard_files()
+
+    @property
+    def is_publisher(self) -> bool:
+        """Whether this rank is the one that publishes, and tidies, in its root."""
+        return self._agreement.is_publisher
 
     async def discard_files(self) -> None:
         """Removes what is in the attempt's directory; a failure is only logged."""
@@ -213,7 +255,8 @@ class Attempt:
         async with self._ending:
             if self.report is not None:
                 return
-            if self.failure is None and not self._saves:
+            is_alone = self._means.ranks.world_size == 1
+            if self.failure is None and is_alone and not self._saves:
                 raise EngineStateError(f"nothing has been saved in tag {self.tag!r}")
             self._seal(is_sealed=True)
             try:
@@ -223,63 +266,57 @@ class Attempt:
                 self._seal(is_sealed=False)
                 raise
             if self.failure is None:
-                self._is_publishing = True
-                # Shielded: there is no half of this.
-                try:
-                    await outlast(self._publish())
-                except asyncio.CancelledError:  # noqa: ASYNC103 - told by a note
-                    # A failure waits for the next caller; this one would not see it.
-                    if self.report is None:
-                        raise
+                await self._publish()
 
     def _seal(self, *, is_sealed: bool) -> None:
         with self._adding:
             self._is_sealed = is_sealed
 
     async def _publish(self) -> None:
-        try:
-            await self._publish_files([save.entry for save in self.saves if save.entry])
-        except Exception as error:  # noqa: BLE001 - raised by `commit`
-            await self._fail(_as_checkpoint_error(error, f"tag {self.tag}"), None)
+        emit, files = self._means.emit, self._own_files()
+        costs = self._costs()
+        if files:
+            emit(Synced(self.tag, len(files), costs.nbytes, costs.sync_s))
+        share = Share(files=tuple(files), costs=costs)
+        publishing, is_cancelled = await watch(self._agreement.publish(share))
+        if publishing.cancelled():
+            self._seal(is_sealed=False)
+            raise asyncio.CancelledError
+        if (error := publishing.exception()) is not None:
+            if self.failure is None:
+                await finish(
+                    self._fail(_as_checkpoint_error(error, f"tag {self.tag}"), None)
+                )
+            if is_cancelled:
+                # The failure waits for the next caller; this one would not see it.
+                raise asyncio.CancelledError
+            return
+        self.report = publishing.result()
+        if self.report is None:
+            self._seal(is_sealed=False)
+            raise EngineStateError(f"no rank has saved anything in tag {self.tag!r}")
+        emit(Published(self.report))
 
-    async def _publish_files(self, files: list[FileEntry]) -> None:
-        means = self._means
-        start = perf_counter()
-        all_files = await means.ranks.agree(files)
-        sync_s = sum(save.sync_s for save in self.saves)
-        nbytes = sum(entry.nbytes for entry in all_files)
-        means.emit(Synced(self.tag, len(files), nbytes, sync_s))
-        await run_blocking(
-            means.planners,
-            means.catalog.publish,
-            self.tag,
-            self._name,
-            self._directory,
-            subdirectories=sorted(
-                {parent for entry in files for parent in _parents(entry)}
-            ),
-            files=all_files,
-            world_size=means.ranks.world_size,
-            is_overwrite=self._is_overwrite,
-        )
-        self.report = self._summarise(nbytes, len(all_files), sync_s, start)
-        means.emit(Published(self.report))
+    def _own_files(self) -> list[FileEntry]:
+        """What this rank tells the others of; of a shared file, its first rank does."""
+        rank = self._means.ranks.rank
+        entries = [save.entry for save in self.saves]
+        return [entry for entry in entries if entry and entry.rank == rank]
 
-    def _summarise(
-        self, nbytes: int, num_files: int, sync_s: float, publish_start_s: float
-    ) -> CommitReport:
-        saves = self.saves
-        first_s = min(save.started_s for save in saves)
+    def _costs(self) -> CommitReport:
+        """This rank's part of the report."""
+        saves, files = self.saves, self._own_files()
         now_s = perf_counter()
+        first_s = min((save.started_s for save in saves), default=now_s)
         return CommitReport(
             tag=self.tag,
-            nbytes=nbytes,
-            num_files=num_files,
+            nbytes=sum(entry.nbytes for entry in files),
+            num_files=len(files),
             plan_s=sum(save.plan_s for save in saves),
-            stage_s=max(save.staged_s for save in saves) - first_s,
-            write_s=max(save.written_s for save in saves) - first_s,
-            sync_s=sync_s,
-            publish_s=now_s - publish_start_s,
+            stage_s=max((save.staged_s for save in saves), default=first_s) - first_s,
+            write_s=max((save.written_s for save in saves), default=first_s) - first_s,
+            sync_s=sum(save.sync_s for save in saves),
+            publish_s=0.0,
             total_s=now_s - first_s,
             stall_s=self.stall_s + sum(save.stall_s for save in saves),
             peak_ring_bytes=self._means.saver.ring.peak_bytes,
@@ -293,9 +330,14 @@ class Attempt:
 
         If cancelled: it is finished first.
         """
-        if self.failure is None and not self._is_publishing:
-            # A commit that is waiting for files then finds the attempt failed.
-            await self._fail(EngineStateError(f"tag {self.tag!r} was aborted"), None)
+        if self.failure is None:
+            aborted = EngineStateError(f"tag {self.tag!r} was aborted")
+            # A commit that waits for files or ranks then finds the attempt failed. One
+            # that is publishing is not disturbed.
+            told = await self._agreement.refuse(aborted, "abort")
+            # A commit that was told the same may have been first to end it.
+            if told is not None and self.failure is None:
+                await self._fail(aborted, None)
         self.is_reported = True
         async with self._ending:
             if self.report is not None:
@@ -314,12 +356,16 @@ class Attempt:
         return None if self.is_reported else self.failure
 
 
-def _parents(entry: FileEntry) -> Iterable[str]:
-    parts = entry.path.split("/")
-    return ("/".join(parts[:depth]) for depth in range(1, len(parts)))
+def _phase(error: CheckpointError) -> str:
+    """What was being done when `error` came, as the other ranks are told."""
+    if isinstance(error, StorageError):
+        return "write"
+    if isinstance(error, TornSnapshotError | StagingError):
+        return "stage"
+    return "plan" if isinstance(error, InvalidArgumentError) else "save"
 
 
-def _as_checkpoint_error(error: Exception, what: str) -> CheckpointError:
+def _as_checkpoint_error(error: BaseException, what: str) -> CheckpointError:
     """`error`, as a type that callers can act on."""
     if isinstance(error, CheckpointError):
         return error

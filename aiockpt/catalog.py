@@ -4,8 +4,7 @@
     ROOT/latest                                           the tag to resume from
     ROOT/.aiockpt/lock                                    held while tags change
     ROOT/.aiockpt/latest.ATTEMPT                          the next `latest`
-    ROOT/.aiockpt/work/ENGINE/N/...files                  an attempt, or trash
-    ROOT/.aiockpt/work/ENGINE.lock                        held while ENGINE lives
+    ROOT/.aiockpt/work/                                   see `work_area`
 
 A tag exists if and only if its manifest can be read; the rename that publishes a
 directory is the one commit point. Everything here blocks: call it in a worker.
@@ -15,20 +14,23 @@ __all__ = ["Catalog"]
 
 import contextlib
 import logging
-import os
 import secrets
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from importlib import metadata
 
 import torch
 from typing_extensions import override
 
+from aiockpt.adopting import adopt, adopt_late
 from aiockpt.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
     EngineStateError,
     InvalidArgumentError,
     StorageError,
 )
+from aiockpt.leases import ROOT_LOCK, Leases
 from aiockpt.manifest import (
     MANIFEST_PATH,
     PRIVATE_DIR,
@@ -37,13 +39,12 @@ from aiockpt.manifest import (
     check_tag,
     encode,
 )
-from aiockpt.storage.base import Lock, Storage
+from aiockpt.storage.base import Storage
 from aiockpt.tag_reader import LATEST, TagReader
+from aiockpt.work_area import WorkArea
 
 _logger = logging.getLogger(__name__)
 
-_WORK_DIR = f"{PRIVATE_DIR}/work"
-_ROOT_LOCK = f"{PRIVATE_DIR}/lock"
 _PENDING = f"{LATEST}."
 
 
@@ -51,15 +52,16 @@ class Catalog(TagReader):
     """The tags of one root, as one engine changes them.
 
     Reading needs nothing; `open_work` must come before any change.
+
+    Attributes:
+        leases: Those of readers, which keep tags from being deleted.
     """
 
     def __init__(self, storage: Storage) -> None:
         """Touches nothing yet."""
         super().__init__(storage)
-        self._engine = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(4)}"
-        self._lock: Lock | None = None
-        self._num_made = 0
-        self._in_doubt: set[str] = set()
+        self.leases = Leases(storage)
+        self._area = WorkArea(storage)
 
     # --- the engine's own work area -----------------------------------------
 
@@ -69,16 +71,9 @@ class Catalog(TagReader):
         Raises:
             StorageError: The root cannot be made or written.
         """
-        if self._lock is not None:
-            return
-        made = self._storage.make_dirs(_WORK_DIR)
-        for path in reversed(made):
-            self._storage.sync_dir(path.rpartition("/")[0])
-        # Locked before the directory exists: a directory without a held lock is dead.
-        self._lock = self._storage.lock(f"{_WORK_DIR}/{self._engine}.lock", wait=True)
-        self._storage.make_dirs(f"{_WORK_DIR}/{self._engine}")
         # Not every engine is started by a context manager, which sweeps, too.
-        self.sweep_if_any()
+        if self._area.open():
+            self.sweep_if_any()
 
     def sweep_if_any(self) -> None:
         """Sweeps a root that can be written; else only says so."""
@@ -88,67 +83,49 @@ class Catalog(TagReader):
             _logger.warning("%s could not be swept: %s", self._storage.root, error)
 
     def close_work(self) -> None:
-        """Removes this engine's work area and lets go of its lock. Idempotent."""
-        lock, self._lock = self._lock, None
-        if lock is None:
-            return
-        try:
-            if not self._in_doubt:
-                self._storage.remove_tree(f"{_WORK_DIR}/{self._engine}")
-                self._storage.remove(f"{_WORK_DIR}/{self._engine}.lock")
-        finally:
-            lock.release()
+        """Ends this engine's leases, and removes its work area. Idempotent."""
+        self.leases.release_all()
+        self._area.close()
 
     def sweep(self) -> list[str]:
         """Removes what dead engines left; the names of these engines.
 
         An engine is alive while it holds its lock, however old its files are.
         """
-        if not self._storage.exists(_WORK_DIR):
+        if not self._area.exists:
             return []
         with self._changing_tags():
             self._settle_latest()
-        dead: list[str] = []
-        for engine in sorted(self._engines() - {self._engine}):
-            lock_path = f"{_WORK_DIR}/{engine}.lock"
-            lock = self._storage.lock(lock_path, wait=False)
-            if lock is None:
-                continue
-            try:
-                self._storage.remove_tree(f"{_WORK_DIR}/{engine}")
-                self._storage.remove(lock_path)
-            finally:
-                lock.release()
-            dead.append(engine)
-            _logger.info("removed what the dead engine %s left behind", engine)
-        return dead
-
-    def _engines(self) -> set[str]:
-        """The engines that have left a directory or a lock, dead or alive."""
-        names = self._storage.list_files(_WORK_DIR)
-        locks = {name.removesuffix(".lock") for name in names if name.endswith(".lock")}
-        return locks.union(self._storage.list_dir(_WORK_DIR))
+            self.leases.sweep()
+        return self._area.sweep()
 
     def new_directory(self) -> tuple[str, str]:
         """A fresh directory for an attempt, and the attempt's unique name."""
-        self._num_made += 1
-        directory = f"{_WORK_DIR}/{self._engine}/{self._num_made}"
-        self._storage.make_dirs(directory)
-        return directory, f"{self._engine}.{self._num_made}"
+        return self._area.new_directory()
+
+    def join(self, directory: str, rank: int) -> bool:
+        """See `WorkArea.join`; a root that is entered first is swept."""
+        is_leader = self._area.join(directory, rank)
+        if is_leader:
+            self.sweep_if_any()
+        return is_leader
+
+    def place(self, directory: str) -> int:
+        """See `WorkArea.place`."""
+        return self._area.place(directory)
 
     def discard(self, directory: str) -> None:
-        """Removes an attempt's directory with all that is in it.
-
-        Not one that may hold the only durable copy of a tag: that is left to the
-        sweep of a later process, when it has shown which copy is the tag.
-        """
-        if directory not in self._in_doubt:
-            self._storage.remove_tree(directory)
+        """Removes an attempt's directory; see `WorkArea.discard`."""
+        self._area.discard(directory)
 
     # --- publishing ----------------------------------------------------------
 
-    def check_free(self, tag: str, *, is_overwrite: bool = False) -> None:
+    def check_free(
+        self, tag: str, *, is_overwrite: bool = False, is_foreign_kept: bool = False
+    ) -> None:
         """Returns if `tag` can be published: nothing has that name, or may go.
+
+        With `is_foreign_kept`, a directory that others made will not be in the way.
 
         Raises:
             EngineStateError: The tag is published, and not to be overwritten.
@@ -162,7 +139,8 @@ class Catalog(TagReader):
             raise EngineStateError(
                 f"tag {tag!r} is published already (overwrite=True replaces it)"
             )
-        if not self._storage.is_empty_dir(tag):
+        is_directory = tag in self._storage.list_dir("")
+        if not ((is_foreign_kept and is_directory) or self._storage.is_empty_dir(tag)):
             full = f"{self._storage.root}/{tag}"
             message = f"{full!r} exists and is not a tag: choose another, or move it"
             raise InvalidArgumentError(message)
@@ -177,11 +155,28 @@ class Catalog(TagReader):
         files: Sequence[FileEntry],
         world_size: int,
         is_overwrite: bool,
+        adopts: bool = False,
+        points_latest: bool = True,
+        place: int = 0,
+        hosts: Mapping[int, str] | None = None,
     ) -> Manifest:
         """Makes a directory of durable files the tag `tag`, and `latest`.
 
         The order is the promise: directories synced, manifest written and synced,
         one rename, its parent synced, then `latest` by rename, synced.
+
+        Args:
+            tag: The name to publish under.
+            attempt: The attempt's unique name.
+            directory: What is to be published.
+            subdirectories: Its directories of files, parents first.
+            files: Every file of the tag, of all places.
+            world_size: Ranks that took part.
+            is_overwrite: Whether it may take the place of a published tag.
+            adopts: Whether files that others put into the tag's directory stay in it.
+            points_latest: Whether `latest` is moved to it.
+            place: See `Manifest`.
+            hosts: See `Manifest`.
 
         Raises:
             EngineStateError: Somebody else published the tag first.
@@ -200,15 +195,21 @@ class Catalog(TagReader):
                 published_ns=_next_ns(before.published_ns if before else 0),
                 world_size=world_size,
                 files=tuple(sorted(files, key=lambda entry: entry.path)),
+                place=place,
+                hosts=dict(hosts or {}),
                 versions=_VERSIONS,
             )
-            storage.make_dirs(f"{directory}/{PRIVATE_DIR}")
-            storage.write_durable(f"{directory}/{MANIFEST_PATH}", encode(manifest))
-            storage.sync_dir(f"{directory}/{PRIVATE_DIR}")
+            self._write_manifest(manifest, directory)
+            known = self._known(tag) if adopts else ()
+            is_swap = is_overwrite and self._is_published(tag)
+            if adopts and not is_swap and storage.exists(tag):
+                is_swap = not storage.is_empty_dir(tag)
+            if adopts and is_swap:
+                adopt(storage, tag, directory, known)
             storage.sync_dir(directory)
             pending = f"{PRIVATE_DIR}/{_PENDING}{attempt}"
-            storage.write_durable(pending, f"{tag}\n".encode())
-            is_swap = is_overwrite and self._is_published(tag)
+            if points_latest:
+                storage.write_durable(pending, f"{tag}\n".encode())
             try:
                 self._show(tag, directory, is_swap=is_swap)
             except BaseException:
@@ -216,14 +217,52 @@ class Catalog(TagReader):
                 raise
             try:
                 storage.sync_dir("")
-                storage.replace(pending, LATEST)
-                storage.sync_dir("")
+                if points_latest:
+                    storage.replace(pending, LATEST)
+                    storage.sync_dir("")
             except BaseException:
                 # Not known to be durable: hidden again before anyone is told of it.
                 self._hide(tag, directory, is_swap=is_swap)
-                self._restore_latest(before, pending)
+                if points_latest:
+                    self._restore_latest(before, pending)
                 raise
+            if adopts and is_swap:
+                adopt_late(storage, directory, tag, known)
         return manifest
+
+    def _write_manifest(self, manifest: Manifest, directory: str) -> None:
+        storage = self._storage
+        storage.make_dirs(f"{directory}/{PRIVATE_DIR}")
+        storage.write_durable(f"{directory}/{MANIFEST_PATH}", encode(manifest))
+        storage.sync_dir(f"{directory}/{PRIVATE_DIR}")
+
+    def _known(self, tag: str) -> set[str]:
+        """The files of a published tag that are aiockpt's; none if it is not one."""
+        with contextlib.suppress(CheckpointNotFoundError, CorruptCheckpointError):
+            return {entry.path for entry in self.manifest(tag).local_files}
+        return set()
+
+    def retract(self, manifest: Manifest, directory: str) -> None:
+        """Hides what `publish` has just shown, as other places could not show it.
+
+        Raises:
+            StorageError: The file system refused; the tag may be seen here.
+        """
+        tag = manifest.tag
+        with self._changing_tags():
+            if self.manifest(tag).attempt != manifest.attempt:
+                return
+            latest = self._read_pointer(LATEST)
+            # What stood there before is where this one was made.
+            is_swap = self._storage.exists(directory)
+            self._hide(tag, directory, is_swap=is_swap)
+            if is_swap and directory not in self._area.in_doubt:
+                # What others have put into it meanwhile, or `adopt_late` has moved.
+                known = {entry.path for entry in manifest.local_files}
+                adopt_late(self._storage, directory, tag, known)
+            self._storage.sync_dir("")
+            if latest is not None and latest.tag == tag:
+                self._retreat_latest()
 
     def _show(self, tag: str, directory: str, *, is_swap: bool) -> None:
         if is_swap:
@@ -240,7 +279,7 @@ class Catalog(TagReader):
             else:
                 self._storage.rename_dir(tag, directory)
         except StorageError:
-            self._in_doubt.add(directory)
+            self._area.in_doubt.add(directory)
             _logger.exception("the failed commit of tag %s could not be undone", tag)
 
     def _restore_latest(self, before: Manifest | None, pending: str) -> None:
@@ -256,7 +295,7 @@ class Catalog(TagReader):
 
     @contextlib.contextmanager
     def _changing_tags(self) -> Generator[None]:
-        lock = self._storage.lock(_ROOT_LOCK, wait=True)
+        lock = self._storage.lock(ROOT_LOCK, wait=True)
         try:
             yield
         finally:
@@ -326,11 +365,13 @@ class Catalog(TagReader):
 
         Raises:
             CheckpointNotFoundError: No such tag.
+            EngineStateError: Somebody holds a lease on it.
             StorageError: The file system refused; the tag is gone or whole.
         """
         with self._changing_tags():
             if not self._is_published(check_tag(tag)):
                 self.manifest(tag)
+            self.leases.check_unread(tag)
             latest = self._read_pointer(LATEST)
             # Only now: where there is no such tag, nothing may be left of the attempt.
             directory, _ = self.new_directory()

@@ -26,11 +26,14 @@ class Checksums:
     `seal` may be called from several threads, once per chunk. The call for a chunk
     waits for the calls for the chunks before it, so these must have been started
     (or queued before it in the same first-in-first-out pool).
+
+    Attributes:
+        record_crcs: CRC-32 of each record, as far as its pieces have been folded.
     """
 
     def __init__(self, num_records: int, num_chunks: int) -> None:
         """Starts with nothing summed."""
-        self._records = [0] * num_records
+        self.record_crcs = [0] * num_records
         self._pieces: dict[int, list[tuple[int, int, int]]] = {}
         self._num_folded = 0
         self._chunks: list[tuple[int, int]] = [(0, 0)] * num_chunks
@@ -53,7 +56,7 @@ class Checksums:
             ]
             self._post(chunk.index, pieces, wait=bool(chunk.seals))
             for at, start, stop, seal in chunk.seals:
-                view[at : at + stop - start] = seal.render(self._records)[start:stop]
+                view[at : at + stop - start] = seal.render(self.record_crcs)[start:stop]
             self._chunks[chunk.index] = (_whole(chunk, view, pieces), chunk.nbytes)
         except BaseException:
             self.abandon()
@@ -75,7 +78,9 @@ class Checksums:
 
     def _fold(self, pieces: Sequence[tuple[int, int, int]]) -> None:
         for record, crc, nbytes in pieces:
-            self._records[record] = crc32_combine(self._records[record], crc, nbytes)
+            self.record_crcs[record] = crc32_combine(
+                self.record_crcs[record], crc, nbytes
+            )
 
     def abandon(self) -> None:
         """Wakes every worker that waits for a chunk that will not come."""
@@ -84,7 +89,7 @@ class Checksums:
             self._changed.notify_all()
 
     def file_crc32(self) -> int:
-        """The CRC-32 of the whole file, once every chunk has been sealed."""
+        """The CRC-32 of all chunks, once every one has been sealed."""
         total = 0
         for crc, nbytes in self._chunks:
             total = crc32_combine(total, crc, nbytes)

@@ -31,6 +31,8 @@ class EngineConfig:
         parser_threads: Worker threads that checksum and write (and load).
         guard: Whether torch optimizers wait in `step()` until what is being staged
             has been staged. Without it a step that comes too early fails the tag.
+        peer_timeout_s: Seconds for which ranks wait for one another. A rank that dies
+            is noticed at once; this is for one that hangs, or does not come.
         retention: Policies asked after each commit; a tag that none of them keeps
             is deleted. Empty keeps everything.
     """
@@ -38,6 +40,7 @@ class EngineConfig:
     host_cache_size: float = 2.0
     parser_threads: int = 4
     guard: bool = True
+    peer_timeout_s: float = 1800.0
     retention: Sequence[RetentionPolicy] = ()
 
     def __post_init__(self) -> None:
@@ -49,6 +52,7 @@ class EngineConfig:
             )
         _check_threads(self.parser_threads)
         _check_switch("guard", self.guard)
+        _check_seconds("peer_timeout_s", self.peer_timeout_s)
         _check_policies(self.retention)
         # A copy: the caller's list may change, the engine's settings may not.
         object.__setattr__(self, "retention", tuple(self.retention))
@@ -89,8 +93,18 @@ class EngineConfig:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not _is_number(value):
         raise InvalidArgumentError(f"{name} is a number of GiB, not {value!r}")
+
+
+def _check_seconds(name: str, value: Any) -> None:
+    # Not with `math.isfinite`, which a huge whole number would break.
+    if not (_is_number(value) and 0 < value < float("inf")):
+        raise InvalidArgumentError(f"{name} is a positive number, not {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_threads(value: Any) -> None:

@@ -3,21 +3,30 @@
 __all__ = ["CheckpointEngine", "SaveHandle"]
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 from aiockpt.access import CheckpointFile
+from aiockpt.agreement import TagOptions
 from aiockpt.config import EngineConfig
+from aiockpt.deadline import TimedSave
 from aiockpt.errors import CheckpointError
 from aiockpt.events import CommitReport, Observer, Progress
+from aiockpt.formats.plain import PlainBytes
 from aiockpt.loader import LoadOptions
 from aiockpt.manifest import TagInfo
+from aiockpt.preflight import PreflightReport
 from aiockpt.ranks.base import Ranks
 from aiockpt.runtime import Runtime, raise_untold
 from aiockpt.saver import FileSave
+from aiockpt.sharding import MAX_SHARD_BYTES, sharded
 from aiockpt.threads import outlast
+from aiockpt.watching import TagWatch
 
 
 class SaveHandle:
@@ -90,7 +99,8 @@ class CheckpointEngine:
         Raises:
             InvalidArgumentError: The configuration is wrong.
         """
-        self._runtime = Runtime(root, EngineConfig.parse(config), ranks, observers)
+        settings = EngineConfig.parse(config)
+        self._runtime = Runtime.start(root, settings, ranks, observers)
 
     @property
     def root(self) -> str:
@@ -105,7 +115,7 @@ class CheckpointEngine:
     async def __aenter__(self) -> Self:
         """Sweeps what dead processes left in the root."""
         try:
-            await self._runtime.spawn(self._runtime.start()).wait()
+            await self._runtime.spawn(self._runtime.sweep_at_start()).wait()
         except BaseException as error:
             # The block is not entered, so nobody else would close the engine.
             await self.__aexit__(type(error), error, error.__traceback__)
@@ -127,6 +137,29 @@ class CheckpointEngine:
         except CheckpointError as lost:
             error.add_note(f"and on leaving the engine: {lost}")
 
+    async def preflight(self, state: object = None) -> PreflightReport:
+        """Does a tiny save, load and removal, so that what is wrong shows before step 1.
+
+        Nothing of it is seen by readers, `latest` and observers.
+
+        Args:
+            state: What is going to be saved; whether it can be, and whether there is
+                room for it, is told as well. None of its bytes is read.
+
+        Returns:
+            What the first save will meet, with warnings.
+
+        Raises:
+            StorageError: What was refused, where, and what to do about it: no space,
+                no rights, a read-only file system, a call that it does not have, too
+                few file descriptors.
+            InvalidArgumentError: The state cannot be saved.
+            CorruptCheckpointError: What is read is not what was written.
+
+        If cancelled: what was made is removed first.
+        """
+        return await self._runtime.preflight(state).wait()
+
     async def create(self, tag: str, *, overwrite: bool = False) -> None:
         """Opens a tag for saving; readers see nothing of it until `commit`.
 
@@ -142,7 +175,8 @@ class CheckpointEngine:
 
         If cancelled: the tag is open or it is not; `abort` then tells.
         """
-        await self._runtime.spawn(self._runtime.create(tag, overwrite=overwrite)).wait()
+        options = TagOptions(is_overwrite=overwrite)
+        await self._runtime.spawn(self._runtime.create(tag, options)).wait()
 
     async def save(
         self,
@@ -151,6 +185,7 @@ class CheckpointEngine:
         *,
         tag: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        replicated: bool | Iterable[int] = False,
     ) -> SaveHandle:
         """Captures `state_dict` and enqueues it as a file of an open tag.
 
@@ -160,20 +195,83 @@ class CheckpointEngine:
 
         Args:
             state_dict: Anything that `torch.save` takes; for a `.safetensors` path, a
-                flat dict of dense tensors.
+                flat dict of dense tensors, or a module, which stands for its weights
+                (tied ones are written once, under the name that readers expect).
             path: The file, relative to the tag. Its suffix picks the container.
             tag: An open tag; by default the one that was created last.
             metadata: Text for a `.safetensors` header.
+            replicated: For state that is identical on several ranks: they write one
+                file together, each a part of it. True for all ranks, or the ranks of a
+                group; all of its members make the same call. Their tensors' bytes are
+                not compared, everything else is. Needs a file system that they share.
 
         Raises:
-            InvalidArgumentError: A bad path, a path saved before, or a value that
-                cannot be pickled (its key path is named).
+            InvalidArgumentError: A bad path or group, a path saved before, or a value
+                that cannot be pickled (its key path is named).
             EngineStateError: No such open tag, or it has failed.
 
         If cancelled: the call does not suspend, so it is done or was never made.
         """
-        save = self._runtime.save(state_dict, path, tag=tag, metadata=metadata)
+        save = self._runtime.save(
+            state_dict, path, tag=tag, metadata=metadata, replicated=replicated
+        )
         return SaveHandle(self._runtime, save)
+
+    async def save_sharded(
+        self,
+        state_dict: torch.nn.Module | Mapping[str, torch.Tensor],
+        *,
+        directory: str = "",
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        tag: str | None = None,
+    ) -> list[SaveHandle]:
+        """Captures weights and enqueues them as Hugging Face's readers expect them.
+
+        That is one `model.safetensors` where they fit; else several files
+        `model-00001-of-00003.safetensors` and `model.safetensors.index.json`.
+
+        Args:
+            state_dict: A module, which stands for its weights, or a flat dict of dense
+                tensors.
+            directory: Where in the tag; by default the tag itself.
+            max_shard_bytes: Most bytes of tensors in one file; a larger tensor has a
+                file of its own.
+            tag: As for `save`.
+
+        Returns:
+            A handle for each file, the index last.
+
+        Raises:
+            InvalidArgumentError: safetensors cannot hold this (the tensor is named),
+                or a path was saved before: files before it are enqueued.
+            EngineStateError: As `save`.
+
+        If cancelled: the call does not suspend, so it is done or was never made.
+        """
+        files = sharded(
+            state_dict, directory=directory, max_shard_bytes=max_shard_bytes
+        )
+        return [
+            await self.save(file.state, file.path, tag=tag, metadata=file.metadata)
+            for file in files
+        ]
+
+    async def save_bytes(
+        self,
+        data: str | bytes,
+        path: str | os.PathLike[str],
+        *,
+        tag: str | None = None,
+    ) -> SaveHandle:
+        """Enqueues `data` as a file of an open tag, as it stands; text as UTF-8.
+
+        Raises:
+            InvalidArgumentError: A bad path, or a path saved before.
+            EngineStateError: As `save`.
+
+        If cancelled: the call does not suspend, so it is done or was never made.
+        """
+        return await self.save(PlainBytes.of(data), path, tag=tag)
 
     async def staged(self, tag: str | None = None) -> None:
         """Returns when all that was saved (in `tag`) has been copied.
@@ -213,6 +311,72 @@ class CheckpointEngine:
         published first, and the cancellation carries a note that says so.
         """
         return await self._runtime.spawn(self._runtime.commit(tag)).wait()
+
+    def preempt_on(self, *signals: int) -> None:
+        """From now on, any of `signals` sets `is_preempted` and ends `preempted`.
+
+        That is all that the handlers do, besides calling those that were there before.
+        Closing the engine sets these back. Called in the main thread.
+
+        Raises:
+            EngineStateError: Called in another thread, or the handler of a signal is
+                none of Python's, and could not be set back.
+            InvalidArgumentError: No signals, or one that cannot be handled.
+        """
+        self._runtime.preempt_on(signals)
+
+    @property
+    def is_preempted(self) -> bool:
+        """Whether one of the signals of `preempt_on` has come."""
+        return self._runtime.preemption.is_signalled
+
+    async def preempted(self) -> None:
+        """Returns when one of the signals of `preempt_on` has come.
+
+        Raises:
+            EngineStateError: `preempt_on` was not called, or the engine was closed.
+
+        If cancelled: only the waiting ends.
+        """
+        await self._runtime.spawn_last(self._runtime.preemption.signalled()).wait()
+
+    async def save_before(
+        self,
+        deadline_s: float,
+        tag: str,
+        files: Mapping[str, object],
+        *,
+        overwrite: bool = False,
+    ) -> CommitReport:
+        """Saves and publishes a whole tag within a time, or leaves nothing of it.
+
+        For the time between a signal and the end. The states are captured before this
+        first suspends; optimizers wait for their staging as with `save`.
+
+        Args:
+            deadline_s: Seconds from now. Publishing that has begun by then is finished.
+                Where it has not, the tag's files are removed, which takes a moment more;
+                should the process end in it, the next engine removes them.
+            tag: The tag, as for `create`.
+            files: What to `save`, by path.
+            overwrite: As for `create`.
+
+        Raises:
+            DeadlineError: The time was over: in which phase, and with how many bytes
+                unwritten.
+            CheckpointError: Whatever `create`, `save` and `commit` raise; nothing of
+                the tag is left either.
+
+        If cancelled: the tag is dropped or, where that is too late, published first; the
+        cancellation then carries a note that says so.
+        """
+        timed = TimedSave(tag, deadline_s)
+        options = TagOptions(is_overwrite=overwrite)
+        call = self._runtime.save_before(timed, files, options)
+        try:
+            return await call.wait()
+        finally:
+            self._runtime.let_go(timed)
 
     async def abort(self, tag: str) -> None:
         """Drops an open tag: nothing is published and nothing stays on the disk.
@@ -285,6 +449,19 @@ class CheckpointEngine:
             strict=strict,
         )
         return await self._runtime.spawn(self._runtime.load(path, tag, options)).wait()
+
+    async def load_bytes(
+        self, path: str | os.PathLike[str], *, tag: str | None = None
+    ) -> bytes:
+        """Returns the bytes of a file of a published tag (by default the latest).
+
+        Raises:
+            CheckpointNotFoundError: No such tag or file; the message lists what is.
+            CorruptCheckpointError: The bytes are not those that were written.
+
+        If cancelled: reading ends soon, and nothing is returned.
+        """
+        return await self._runtime.spawn(self._runtime.load_bytes(path, tag)).wait()
 
     async def load_latest_valid(
         self,
@@ -364,11 +541,88 @@ class CheckpointEngine:
         """
         return await self._runtime.spawn(self._runtime.tags()).wait()
 
+    def watch(self, after: str | TagInfo | None = None) -> AsyncIterator[TagInfo]:
+        """Yields each newly published tag, oldest first, whoever publishes it.
+
+        For readers, in this process or another: `async for info in engine.watch():`.
+        A tag that is overwritten was published again, and is yielded again. One that
+        is deleted, or replaced, before it could be yielded is left out. Iterate in one
+        task; for several, call this for each.
+
+        Nothing stays open between two steps, so a loop may be left at any time. The
+        iteration ends when the engine is closed. What other machines publish in a
+        network file system is looked for, about once a second.
+
+        Args:
+            after: Yields what was published after this tag, first what is there
+                already. A `TagInfo` (that was yielded last, say) may be of a tag that
+                has been deleted since. By default, what is published after the call,
+                which begins to look at once and returns without waiting.
+
+        Raises:
+            InvalidArgumentError: Not a usable name.
+            EngineStateError: The engine is closed.
+            CheckpointNotFoundError: There is no tag `after`; from the first step.
+            StorageError: The file system refused, from any step; the next tries again.
+
+        If cancelled: only the waiting ends; the next step yields what this one did not.
+        """
+        return TagWatch(self._runtime, after)
+
+    async def wait_for(
+        self, tag: str | None = None, *, newer_than: str | TagInfo | None = None
+    ) -> TagInfo:
+        """The tag to read next, once it is published, whoever publishes it.
+
+        Args:
+            tag: Returns once a tag of this name is published; by default any, and
+                returns the latest.
+            newer_than: Returns only a tag that was published after this one, as for
+                `watch`. Together with `tag`: once that has been overwritten.
+
+        Raises:
+            InvalidArgumentError: Not a usable name.
+            CheckpointNotFoundError: There is no tag `newer_than`.
+            EngineStateError: The engine is closed, or was before it happened.
+
+        If cancelled: only the waiting ends.
+        """
+        return await self._runtime.spawn(self._runtime.wait_for(tag, newer_than)).wait()
+
+    @asynccontextmanager
+    async def reading(self, tag: str | None = None) -> AsyncGenerator[TagInfo]:
+        """Keeps a published tag (by default the latest) while the block runs.
+
+        `async with engine.reading() as info:`. Meanwhile retention skips the tag, and
+        comes back to it after a later commit; `delete` refuses it. This holds for every
+        process that uses the same root. The lease is a lock in the root's own
+        directory: it ends with the block, the engine or the process, however that ends,
+        and binds other machines where the file system's locks do. Should the process
+        die while one that it forked inside the block lives, it ends with that one.
+
+        A lease does not keep a tag from being overwritten: what is open then stays
+        readable, and what is opened from there on is of the new one.
+
+        Raises:
+            CheckpointNotFoundError: No such tag, or nothing is published.
+            StorageError: The root cannot be written.
+
+        If cancelled: no lease is left.
+        """
+        reading = self._runtime.reading(tag)
+        try:
+            yield await self._runtime.spawn(reading.begin()).wait()
+        finally:
+            call = self._runtime.end_reading(reading)
+            if call is not None:
+                await outlast(call.wait())
+
     async def delete(self, tag: str) -> None:
         """Unpublishes a tag, durably, then removes its files.
 
         Raises:
             CheckpointNotFoundError: No such tag.
+            EngineStateError: Somebody holds a lease on it (see `reading`).
 
         If cancelled: what was begun is finished first.
         """

@@ -9,6 +9,7 @@
     ├── TornSnapshotError                      wait for `staged` before changing tensors
     ├── StorageError (OSError)                 free or repair the disk, then save again
     ├── StagingError                           repair the device, then save again
+    ├── DeadlineError (TimeoutError)           load the tag before, or give more time
     └── PeerError                              look at the rank that it names
 
 Every class is picklable, so that it crosses process boundaries whole.
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "CorruptCheckpointError",
+    "DeadlineError",
     "EngineStateError",
     "InvalidArgumentError",
     "PeerError",
@@ -103,6 +105,24 @@ class StorageError(CheckpointError, OSError):
 
 class StagingError(CheckpointError):
     """A tensor's bytes could not be copied to host memory."""
+
+
+class DeadlineError(CheckpointError, TimeoutError):
+    """A tag could not be published in time; nothing of it is left.
+
+    Attributes:
+        phase: What was being done when the time was over: `"create"`, `"plan"`,
+            `"stage"`, `"write"`, or `"publish"`, with all files written.
+        missing_bytes: Bytes that had not been written then.
+    """
+
+    def __init__(
+        self, message: str, *, phase: str | None = None, missing_bytes: int = 0
+    ) -> None:
+        """Keep what was missing beside the message."""
+        super().__init__(message)
+        self.phase = phase
+        self.missing_bytes = missing_bytes
 
 
 class PeerError(CheckpointError):

@@ -61,6 +61,11 @@ class StagingGate:
             self._staging.pop(id(save), None)
             self._changed.notify_all()
 
+    @property
+    def is_staging(self) -> bool:
+        """Whether anything is being staged, by this process."""
+        return bool(self._staging) and not self._is_forked
+
     def wait(self) -> None:
         """Blocks the thread until everything that is being staged now has been."""
         if not self._staging or self._is_forked:

@@ -14,6 +14,7 @@ __all__ = [
     "RecordInfo",
     "TensorInfo",
     "inspect_file",
+    "is_as_written",
     "open_lazily",
 ]
 
@@ -30,6 +31,7 @@ from aiockpt.loading.container import Container, container_of
 from aiockpt.loading.inspecting import FileInfo, RecordInfo, TensorInfo, inspect_file
 from aiockpt.loading.lazy import LazyFile
 from aiockpt.loading.placing import MapLocation, Placement
+from aiockpt.loading.plain_loading import is_as_written, load_plain
 from aiockpt.loading.reader import Reader
 from aiockpt.loading.reading import named
 from aiockpt.loading.safetensors_loading import SafetensorsLoading, read_header
@@ -145,6 +147,17 @@ class Loader:
         options.check()
         return await self.run(partial(_load, open_file, options))
 
+    async def load_bytes(self, open_file: Callable[[], Opened]) -> bytes:
+        """Returns the bytes of the file that `open_file` opens, checked.
+
+        If cancelled: reading ends soon, and nothing is returned.
+
+        Raises:
+            CorruptCheckpointError: They are not those that were written.
+            StorageError: The file system refused.
+        """
+        return await self.run(partial(_load_bytes, open_file))
+
     async def verify(
         self,
         open_file: Callable[[], Opened],
@@ -189,6 +202,12 @@ def _load(
             )
             raise CorruptCheckpointError(text, path=file.path)
         return state
+
+
+def _load_bytes(open_file: Callable[[], Opened], reader: Reader) -> bytes:
+    file, crc32 = open_file()
+    with closing(file):
+        return load_plain(file, crc32, reader)
 
 
 def _state(

@@ -1,7 +1,7 @@
 """The parts of an engine that must be started and ended together.
 
-One loop thread, its workers, the ring, the ports and the saver. They begin when
-the machinery is made and end, in the reverse order, when it is stopped.
+One loop thread, its workers and the ring. They begin when the machinery is made and
+end, in the reverse order, when it is stopped. Any number of roots can be served by one.
 """
 
 __all__ = ["Machinery"]
@@ -21,6 +21,7 @@ from aiockpt.loop_thread import Call, LoopThread
 from aiockpt.ring import Ring
 from aiockpt.saver import Saver
 from aiockpt.staging.host import HostStager
+from aiockpt.storage.base import Storage
 from aiockpt.storage.local import LocalStorage
 from aiockpt.threads import WorkerPool
 
@@ -45,13 +46,11 @@ class Machinery:
         gate: What is being staged, and who waits for it.
         planners: Threads for planning and catalog work.
         workers: `parser_threads` threads that checksum and write.
-        storage: The root's files.
-        saver: Saves files with all of these.
         loader: Loads files with all of these.
     """
 
     def __init__(
-        self, root: str, config: EngineConfig, observers: Sequence[Observer]
+        self, config: EngineConfig, observers: Sequence[Observer] = ()
     ) -> None:
         """Starts the loop's thread; workers and memory come as they are needed."""
         self._observers = observers
@@ -63,7 +62,6 @@ class Machinery:
         self.planners = WorkerPool(_NUM_PLANNERS, "aiockpt-plan")
         self._copiers = WorkerPool(_NUM_COPIERS, "aiockpt-copy")
         self.workers = WorkerPool(config.parser_threads, "aiockpt-worker")
-        self.storage = LocalStorage(root, self.workers)
         # Not in the background: who loads a checkpoint has nothing else to do.
         self._loaders = WorkerPool(_NUM_LOADERS, "aiockpt-load", is_background=False)
         self._readers = WorkerPool(
@@ -76,10 +74,18 @@ class Machinery:
             loaders=self._loaders,
             spawn=self.spawn,
         )
-        self.saver = Saver(
+        self._stager = HostStager(self._copiers)
+
+    def storage(self, root: str) -> LocalStorage:
+        """The files below one directory, worked on by these threads."""
+        return LocalStorage(root, self.workers, self.planners)
+
+    def saver(self, storage: Storage) -> Saver:
+        """What saves files in one place."""
+        return Saver(
             ring=self.ring,
-            stager=HostStager(self._copiers),
-            storage=self.storage,
+            stager=self._stager,
+            storage=storage,
             gate=self.gate,
             planners=self.planners,
             copiers=self._copiers,

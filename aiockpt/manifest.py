@@ -42,12 +42,15 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         nbytes: Exact length.
         crc32: CRC-32 of the whole file.
         rank: The rank that wrote it.
+        place: The root in which it lies, where the ranks of a job have several (each
+            node its own disk): the number of the rank that published there.
     """
 
     path: str
     nbytes: int
     crc32: int
     rank: int = 0
+    place: int = 0
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,7 +62,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         published_ns: When it was published: nanoseconds since the epoch, strictly
             increasing over the tags of a root.
         world_size: Ranks that took part.
-        files: Every file except this one, sorted by path.
+        files: Every file except this one, sorted by path, of all places.
+        place: The place of this manifest; `files` of another one are not here.
+        hosts: The host of each place, by its number, where there are several.
         versions: Of aiockpt and torch, for people.
     """
 
@@ -69,6 +74,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     published_ns: int
     world_size: int
     files: tuple[FileEntry, ...]
+    place: int = 0
+    hosts: dict[int, str] = {}
     versions: dict[str, str]
     crc32: int = 0
 
@@ -76,6 +83,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def nbytes(self) -> int:
         """Bytes of all files together."""
         return sum(entry.nbytes for entry in self.files)
+
+    @property
+    def local_files(self) -> tuple[FileEntry, ...]:
+        """The files that lie beside this manifest."""
+        return tuple(entry for entry in self.files if entry.place == self.place)
 
 
 class TagInfo(msgspec.Struct, frozen=True, kw_only=True):

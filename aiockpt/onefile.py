@@ -14,21 +14,18 @@ __all__ = [
 ]
 
 import os
-import secrets
 from collections.abc import Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from aiockpt.access import BlockingCheckpointFile, CheckpointFile, FileAccess
-from aiockpt.capture import capture
 from aiockpt.config import MIB, EngineConfig
-from aiockpt.errors import InvalidArgumentError
 from aiockpt.loader import Loader, LoadOptions, Opened
 from aiockpt.loop_thread import Call
 from aiockpt.machinery import Machinery
-from aiockpt.saver import FileSave
+from aiockpt.single_files import SingleFile
 from aiockpt.storage.local import LocalStorage
-from aiockpt.threads import WorkerPool, outlast, run_blocking
+from aiockpt.threads import WorkerPool
 
 T = TypeVar("T")
 
@@ -46,8 +43,8 @@ async def save(
 
     Args:
         obj: Anything that `torch.save` takes; for a `.safetensors` path, a flat dict
-            of dense tensors. It is captured before this first suspends; its tensors
-            must not change until it returns.
+            of dense tensors, or a module, which stands for its weights. It is captured
+            before this first suspends; its tensors must not change until it returns.
         path: Where to; replaced atomically if it exists.
         metadata: Text for a `.safetensors` header.
 
@@ -58,7 +55,7 @@ async def save(
 
     If cancelled: nothing happened, or the file has been replaced.
     """
-    machinery, work = _begin_save(obj, path, metadata)
+    machinery, work = _begin_save(SingleFile(obj, path, metadata))
     try:
         await machinery.spawn(work).wait()
     finally:
@@ -73,7 +70,7 @@ def save_blocking(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """`save` for callers that block."""
-    machinery, work = _begin_save(obj, path, metadata)
+    machinery, work = _begin_save(SingleFile(obj, path, metadata))
     try:
         machinery.spawn(work).result()
     finally:
@@ -81,36 +78,15 @@ def save_blocking(
         machinery.join()
 
 
-def _begin_save(
-    obj: object, path: str | os.PathLike[str], metadata: Mapping[str, str] | None
-) -> tuple[Machinery, Any]:
-    directory, name = os.path.split(os.path.abspath(path))  # noqa: PTH100
-    if not name or not os.fspath(path) or os.fspath(path).endswith("/"):
-        raise InvalidArgumentError(f"{os.fspath(path)!r} does not name a file")
-    job = FileSave("", name, capture(obj), metadata)
-    machinery = Machinery(directory, _CONFIG, ())
-    machinery.gate.enter(job)
-    return machinery, _save(machinery, job)
+def _begin_save(file: SingleFile) -> tuple[Machinery, Coroutine[Any, Any, None]]:
+    machinery = Machinery(_CONFIG)
+    file.enter(machinery)
+    return machinery, _save(file)
 
 
-async def _save(machinery: Machinery, job: FileSave) -> None:
-    storage = machinery.storage
-    temporary = f".{job.path}.{secrets.token_hex(8)}"
-    try:
-        try:
-            await machinery.saver.run(job, temporary, 0)
-        finally:
-            await machinery.saver.release(job)
-        await outlast(_replace(machinery, temporary, job.path))
-    except BaseException:
-        await run_blocking(machinery.planners, storage.remove, temporary)
-        raise
-
-
-async def _replace(machinery: Machinery, temporary: str, name: str) -> None:
-    storage = machinery.storage
-    await run_blocking(machinery.planners, storage.replace, temporary, name)
-    await run_blocking(machinery.planners, storage.sync_dir, "")
+async def _save(file: SingleFile) -> None:
+    await file.write()
+    await file.publish()
 
 
 async def load(  # noqa: PLR0913 - the contract's signature
@@ -231,7 +207,7 @@ class _Alone:
     @property
     def _machinery(self) -> Machinery:
         if self._started is None:
-            self._started = Machinery("", _CONFIG, ())
+            self._started = Machinery(_CONFIG)
         return self._started
 
     @property
@@ -264,7 +240,7 @@ class _Alone:
 def _begin_load(
     path: str | os.PathLike[str], options: LoadOptions
 ) -> tuple[Machinery, Any]:
-    machinery = Machinery("", _CONFIG, ())
+    machinery = Machinery(_CONFIG)
     return machinery, machinery.loader.load(partial(_open, path), options)
 
 

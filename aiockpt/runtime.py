@@ -8,39 +8,44 @@ be called from any thread; coroutines run on the engine's loop only, through
 
 __all__ = ["Runtime", "raise_untold"]
 
-import asyncio
 import atexit
-import functools
 import logging
 import os
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from time import perf_counter
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 from aiockpt.access import FileAccess
+from aiockpt.agreement import Agreement, TagOptions, open_place
 from aiockpt.attempt import Attempt, Means
 from aiockpt.capture import capture
 from aiockpt.catalog import Catalog
 from aiockpt.config import EngineConfig
+from aiockpt.deadline import TimedSave
 from aiockpt.errors import (
     CheckpointError,
     CheckpointNotFoundError,
-    CorruptCheckpointError,
     EngineStateError,
-    InvalidArgumentError,
 )
 from aiockpt.events import CommitReport, Observer
-from aiockpt.loader import Loader, LoadOptions, Opened
+from aiockpt.leases import Reading
+from aiockpt.loader import Loader, LoadOptions
 from aiockpt.loop_thread import Call
 from aiockpt.machinery import Machinery
-from aiockpt.manifest import FileEntry, TagInfo, check_path, check_tag
+from aiockpt.manifest import TagInfo, check_path, check_tag
+from aiockpt.preemption import Preemption
+from aiockpt.preflight import Preflight, PreflightReport
 from aiockpt.ranks.base import Ranks
-from aiockpt.ranks.single import SingleRank
-from aiockpt.retention import expired
+from aiockpt.ranks.torch_dist import detect
+from aiockpt.replicas import group_of
+from aiockpt.retention import RetentionPolicy, expired
 from aiockpt.saver import FileSave
-from aiockpt.storage.base import ReadFile
+from aiockpt.tag_loader import TagLoader
 from aiockpt.threads import outlast, run_blocking
+from aiockpt.watching import After, Watcher
+from aiockpt.weights import or_weights
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -53,33 +58,75 @@ class Runtime:
 
     Attributes:
         root: The directory of the tags, absolute.
+        preemption: Whether a signal asked for a last save.
+        watcher: What waits for tags that others publish.
     """
 
     def __init__(
         self,
         root: str | os.PathLike[str],
-        config: EngineConfig,
-        ranks: Ranks | None,
-        observers: Sequence[Observer],
+        machinery: Machinery,
+        ranks: Ranks,
+        *,
+        retention: Sequence[RetentionPolicy] = (),
+        is_sharing: bool = False,
     ) -> None:
-        """Starts the engine's thread; touches no file yet."""
+        """Touches no file yet.
+
+        Args:
+            root: The directory of the tags.
+            machinery: What does the work.
+            ranks: The job that this process is a part of; left when this is closed.
+            retention: Policies asked after each commit.
+            is_sharing: Whether the machinery serves others as well; it is then not
+                stopped with this.
+        """
         # Not resolved: looking at links is file work, and this is the caller's loop.
         self.root = os.path.abspath(root)  # noqa: PTH100
-        self._config = config
-        self._machinery = machinery = Machinery(self.root, config, observers)
-        self._catalog = Catalog(machinery.storage)
+        self._machinery = machinery
+        self._ranks = ranks
+        self._retention = retention
+        self._is_sharing = is_sharing
+        storage = machinery.storage(self.root)
+        self._catalog = Catalog(storage)
         self._means = Means(
-            saver=machinery.saver,
+            saver=machinery.saver(storage),
             catalog=self._catalog,
-            ranks=ranks if ranks is not None else SingleRank(),
+            ranks=ranks,
             planners=machinery.planners,
             emit=machinery.emit,
         )
+        self.watcher = Watcher(storage, machinery.planners)
+        self.preemption = Preemption()
+        self._tag_loader = TagLoader(
+            self._catalog, machinery.loader, ranks, machinery.planners
+        )
         self._attempts: dict[str, Attempt] = {}
-        self._creating = asyncio.Lock()
+        self._opening: set[str] = set()
         self._calls: set[Call[Any]] = set()
         self._is_closing = False
         _running.add(self)
+
+    @classmethod
+    def start(
+        cls,
+        root: str | os.PathLike[str],
+        config: EngineConfig,
+        ranks: Ranks | None,
+        observers: Sequence[Observer],
+    ) -> Self:
+        """A runtime with machinery of its own, whose thread has been started.
+
+        Args:
+            root: The directory of the tags.
+            config: Its settings.
+            ranks: The job; by default that of `torch.distributed`, where it runs.
+            observers: Called with each event.
+        """
+        machinery = Machinery(config, observers)
+        if ranks is None:
+            ranks = detect(os.fspath(root), config.peer_timeout_s)
+        return cls(root, machinery, ranks, retention=config.retention)
 
     # --- from any thread ------------------------------------------------------
 
@@ -134,28 +181,88 @@ class Runtime:
         *,
         tag: str | None,
         metadata: Mapping[str, str] | None,
+        replicated: bool | Iterable[int] = False,
     ) -> FileSave:
         """Captures `state` and enqueues it as a file of an open tag.
 
         Raises:
-            InvalidArgumentError: A bad path, or state that cannot be captured.
+            InvalidArgumentError: A bad path or group, or state that cannot be captured.
             EngineStateError: No such open tag.
         """
         start = perf_counter()
         self.check_usable()
         attempt = self._attempt(tag)
-        attempt.check_open()
-        relative = check_path(path, [f"{self.root}/{attempt.tag}"])
-        save = FileSave(attempt.tag, relative, capture(state), metadata)
-        save.started_s = start
-        self._machinery.gate.enter(save)
+        path = check_path(path, [f"{self.root}/{attempt.tag}"])
+        replicas = group_of(self._ranks, replicated=replicated)
         try:
+            attempt.check_open()
+            save = self._capture(attempt.tag, state, path, metadata)
+            save.replicas = replicas
+            save.started_s = start
+            self._add(save)
+        except CheckpointError:
+            if replicas:
+                self._spawn(attempt.refuse_together(path, replicas))
+            raise
+        save.stall_s += perf_counter() - start
+        return save
+
+    def _capture(
+        self,
+        tag: str,
+        state: object,
+        path: object,
+        metadata: Mapping[str, str] | None = None,
+    ) -> FileSave:
+        relative = check_path(path, [f"{self.root}/{tag}"])
+        state, metadata = or_weights(state, relative, metadata)
+        save = FileSave(tag, relative, capture(state), metadata)
+        self._machinery.gate.enter(save)
+        return save
+
+    def _add(self, save: FileSave) -> None:
+        try:
+            attempt = self._attempt(save.tag)
             attempt.add(save, lambda: self.spawn(attempt.run(save)))
         except BaseException:
             self._machinery.gate.leave(save)
             raise
-        save.stall_s += perf_counter() - start
-        return save
+
+    def save_before(
+        self, timed: TimedSave, files: Mapping[str, object], options: TagOptions
+    ) -> Call[CommitReport]:
+        """Captures `files` and begins to save and publish them; `let_go` must follow.
+
+        Raises:
+            InvalidArgumentError: A bad tag or path, or state that cannot be captured.
+        """
+        check_tag(timed.tag)
+        try:
+            for path, state in files.items():
+                timed.saves.append(self._capture(timed.tag, state, path))
+            return self.spawn(self._save_before(timed, options))
+        except BaseException:
+            self.let_go(timed)
+            raise
+
+    def let_go(self, timed: TimedSave) -> None:
+        """Ends the holding of optimizers; after `save_before` has, however it did."""
+        for save in timed.saves:
+            self._machinery.gate.leave(save)
+
+    async def _save_before(self, timed: TimedSave, options: TagOptions) -> CommitReport:
+        tag = timed.tag
+        return await timed.run(
+            create=lambda: self.create(tag, options),
+            add=self._add,
+            commit=lambda: self.commit(tag),
+            abort=lambda: self._abort_if_open(tag),
+        )
+
+    async def _abort_if_open(self, tag: str) -> None:
+        # A commit that failed has closed it.
+        if tag in self._attempts:
+            await self.abort(tag)
 
     def _attempt(self, tag: str | None) -> Attempt:
         # A copy: the engine's thread may change it meanwhile.
@@ -168,6 +275,19 @@ class Runtime:
             what = "no tag is open" if tag is None else f"tag {tag!r} is not open"
             raise EngineStateError(f"{what} (open: {known}): call `create` first")
         return attempt
+
+    def preempt_on(self, signals: tuple[int, ...]) -> None:
+        """From now on, `preemption` notes these signals; in the main thread only."""
+        self.check_usable()
+        self.preemption.watch(signals)
+
+    def preflight(self, state: object) -> Call[PreflightReport]:
+        """Captures `state` and begins to try what saves and commits rely on."""
+        self.check_usable()
+        means = self._means
+        return self.spawn(
+            Preflight(means.saver, means.catalog, self.loader, state).run()
+        )
 
     def wait_staged(self) -> None:
         """Blocks the thread until all that is being staged now has been staged.
@@ -200,23 +320,25 @@ class Runtime:
     ) -> T:
         return await run_blocking(self._machinery.planners, work, *args, **kwargs)
 
-    async def start(self) -> None:
-        """Sweeps what dead engines left in the root."""
-        await self._blocking(self._catalog.sweep_if_any)
+    async def sweep_at_start(self) -> None:
+        """Sweeps what dead engines left in the root; once for all ranks."""
+        if self._ranks.rank == 0:
+            await self._blocking(self._catalog.sweep_if_any)
 
-    async def create(self, tag: str, *, overwrite: bool) -> None:
-        """Opens a tag for saving."""
+    async def create(self, tag: str, options: TagOptions) -> None:
+        """Opens a tag for saving, on all ranks."""
         check_tag(tag)
-        # One at a time: between the look and the entry another task could open it.
-        async with self._creating:
-            if tag in self._attempts:
-                raise EngineStateError(f"tag {tag!r} is open already")
-            await self._blocking(self._catalog.check_free, tag, is_overwrite=overwrite)
-            await self._blocking(self._catalog.open_work)
-            directory, name = await self._blocking(self._catalog.new_directory)
-            self._attempts[tag] = Attempt(
-                self._means, tag, directory, name, is_overwrite=overwrite
-            )
+        if tag in self._attempts or tag in self._opening:
+            raise EngineStateError(f"tag {tag!r} is open already")
+        self._opening.add(tag)
+        try:
+            means = self._means
+            parts = means.ranks, means.catalog, means.planners, tag
+            place = await open_place(*parts, options)
+            agreement = Agreement(*parts, place, options)
+            self._attempts[tag] = Attempt(means, tag, agreement)
+        finally:
+            self._opening.remove(tag)
 
     async def staged(self, tag: str | None) -> None:
         """Returns when everything saved so far (in `tag`) has been staged."""
@@ -271,14 +393,17 @@ class Runtime:
 
     async def _tidy(self, attempt: Attempt) -> None:
         """Removes what a commit made superfluous; failing is worth a warning only."""
+        if not attempt.is_publisher:
+            return
         await attempt.discard_files()
-        if not self._config.retention:
+        if not self._retention:
             return
         try:
             tags = [info.tag for info in await self.tags()]
-            for tag in expired(tags, self._config.retention):
-                # The tidying of another commit may have been first.
-                with suppress(CheckpointNotFoundError):
+            for tag in expired(tags, self._retention):
+                # The tidying of another commit may have been first. What is being read
+                # is left to that of a later one.
+                with suppress(CheckpointNotFoundError, EngineStateError):
                     await self.delete(tag)
         except Exception as error:  # noqa: BLE001 - a policy is the user's code
             _logger.warning("old tags of %s remain: %s", self.root, error)
@@ -287,15 +412,24 @@ class Runtime:
         self, path: str | os.PathLike[str], tag: str | None, options: LoadOptions
     ) -> Any:
         """What was saved as one file of a published tag."""
-        return await self.loader.load(functools.partial(self._open, path, tag), options)
+        return await self._tag_loader.load(path, tag, options)
+
+    async def load_bytes(self, path: str | os.PathLike[str], tag: str | None) -> bytes:
+        """The bytes of one file of a published tag."""
+        return await self._tag_loader.load_bytes(path, tag)
+
+    async def load_latest_valid(
+        self, paths: Sequence[str | os.PathLike[str]], options: LoadOptions
+    ) -> tuple[str, list[Any]]:
+        """The newest tag from which all of `paths` load, and what they hold."""
+        return await self._tag_loader.load_latest_valid(paths, options)
 
     def access(
         self, path: str | os.PathLike[str], tag: str | None, options: LoadOptions
     ) -> FileAccess:
         """A file of a published tag, to be opened for reading tensors one by one."""
         options.check()
-        open_file = functools.partial(self._open, path, tag)
-        return FileAccess(self, open_file, options)
+        return FileAccess(self, self._tag_loader.opener(path, tag), options)
 
     @property
     def loader(self) -> Loader:
@@ -308,43 +442,6 @@ class Runtime:
     def release_blocking(self) -> None:
         """As `release`."""
 
-    async def load_latest_valid(
-        self, paths: Sequence[str | os.PathLike[str]], options: LoadOptions
-    ) -> tuple[str, list[Any]]:
-        """The newest tag from which all of `paths` load, and what they hold.
-
-        Raises:
-            CheckpointNotFoundError: There is no such tag, and why for each; or a key
-                of `options` names nothing.
-            InvalidArgumentError: No paths, or targets for more than one.
-        """
-        if not paths or (options.into is not None and len(paths) > 1):
-            what = "one path, to fill targets from" if paths else "at least one path"
-            raise InvalidArgumentError(f"give {what}")
-        skipped: list[str] = []
-        for tag in await self._blocking(self._catalog.latest_first):
-            with ExitStack() as stack:
-                try:
-                    opened = await self._blocking(self._catalog.open_files, paths, tag)
-                except (CorruptCheckpointError, CheckpointNotFoundError) as error:
-                    _skip(skipped, tag, error)
-                    continue
-                for file, _ in opened:
-                    stack.callback(file.close)
-                try:
-                    return tag, [
-                        await self.loader.load(_opened(*each), options)
-                        for each in opened
-                    ]
-                except CorruptCheckpointError as error:
-                    _skip(skipped, tag, error)
-        text = "\n  ".join([f"no tag of {self.root!r} can be loaded:", *skipped])
-        raise CheckpointNotFoundError(text)
-
-    def _open(self, path: str | os.PathLike[str], tag: str | None) -> Opened:
-        file, entry = self._catalog.open_file(path, tag)
-        return file, entry.crc32
-
     async def latest(self) -> str | None:
         """The tag to resume from."""
         return await self._blocking(self._catalog.latest)
@@ -353,11 +450,31 @@ class Runtime:
         """The published tags, oldest first."""
         return await self._blocking(self._catalog.tags)
 
+    async def wait_for(self, tag: str | None, newer_than: After | None) -> TagInfo:
+        """A tag that is, or will be, published; see `Watcher.wait_for`."""
+        for name in (tag, newer_than):
+            if not (name is None or isinstance(name, TagInfo)):
+                check_tag(name)
+        return await self.watcher.wait_for(tag, newer_than)
+
     async def delete(self, tag: str) -> None:
         """Unpublishes a tag, then removes its files."""
         check_tag(tag)
         await self._blocking(self._catalog.open_work)
         await self._blocking(self._catalog.delete, tag)
+
+    def reading(self, tag: str | None) -> Reading:
+        """A lease on a published tag, to be begun."""
+        if tag is not None:
+            check_tag(tag)
+        return Reading(self._catalog.leases, self._catalog, tag, self._means.planners)
+
+    def end_reading(self, reading: Reading) -> Call[None] | None:
+        """Ends a lease; None where it has ended with the engine."""
+        try:
+            return self.spawn_last(reading.end())
+        except EngineStateError:
+            return None
 
     async def sweep(self) -> list[str]:
         """Removes what dead engines left; their names."""
@@ -379,10 +496,13 @@ class Runtime:
         # Shielded: an engine is not left half closed.
         call = self._machinery.spawn(outlast(self._close()))
         self._is_closing = True
+        self.preemption.close()
         return call
 
     async def _close(self) -> list[CheckpointError]:
         untold: list[CheckpointError] = []
+        # Who waits for what others publish would wait for ever.
+        await self.watcher.close()
         # A call that came before may yet open a tag, or be using the work area.
         while self._attempts or self._calls:
             for attempt in list(self._attempts.values()):
@@ -392,33 +512,31 @@ class Runtime:
                     untold.append(error)
             for call in list(self._calls):
                 await call.ended()
-        try:
-            await self._blocking(self._catalog.close_work)
-        except CheckpointError as error:
-            untold.append(error)
+        for close in (
+            self._ranks.close,
+            partial(self._blocking, self._catalog.close_work),
+        ):
+            try:
+                await close()
+            except CheckpointError as error:
+                untold.append(error)
         return untold
 
     def stop(self) -> None:
         """Ends the threads and frees the ring, once closed; returns at once."""
         _running.discard(self)
-        self._machinery.stop()
+        if not self._is_sharing:
+            self._machinery.stop()
 
     async def ended(self) -> None:
         """Returns when the threads have ended, on any event loop."""
-        await self._machinery.ended()
+        if not self._is_sharing:
+            await self._machinery.ended()
 
     def join(self) -> None:
         """Blocks until the threads have ended."""
-        self._machinery.join()
-
-
-def _opened(file: ReadFile, entry: FileEntry) -> Callable[[], Opened]:
-    return lambda: (file, entry.crc32)
-
-
-def _skip(skipped: list[str], tag: str, error: CheckpointError) -> None:
-    _logger.warning("tag %s is skipped: %s", tag, error)
-    skipped.append(f"{tag}: {error}")
+        if not self._is_sharing:
+            self._machinery.join()
 
 
 def raise_untold(errors: Sequence[CheckpointError]) -> None:

@@ -7,7 +7,7 @@ __all__ = ["FileSave", "Saver"]
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -39,6 +39,7 @@ class FileSave:
         path: The file, relative to the tag.
         capture: The captured state; None once staged, so that nothing is kept alive.
         metadata: Extra text for a container that holds some.
+        replicas: The ranks that save it together; empty where this one saves alone.
         progress: Bytes planned, staged and written.
         started_s: Clock reading when `save` was called.
         staged: Set when every source has been copied, or never will be.
@@ -49,6 +50,7 @@ class FileSave:
         stall_s: Seconds that callers have been held for it.
         plan_s: Seconds of planning.
         sync_s: Seconds of syncing.
+        planned_s: Clock reading when it was planned.
         staged_s: Clock reading when it was staged.
         written_s: Clock reading when its last byte was written.
     """
@@ -57,6 +59,7 @@ class FileSave:
     path: str
     capture: Capture | None
     metadata: Mapping[str, str] | None = None
+    replicas: Sequence[int] = ()
     progress: Progress = field(default_factory=Progress)
     started_s: float = field(default_factory=perf_counter)
     staged: asyncio.Event = field(default_factory=asyncio.Event)
@@ -67,6 +70,7 @@ class FileSave:
     stall_s: float = 0.0
     plan_s: float = 0.0
     sync_s: float = 0.0
+    planned_s: float = 0.0
     staged_s: float = 0.0
     written_s: float = 0.0
 
@@ -109,14 +113,13 @@ class Saver:
 
         If cancelled: copies and writes under way are waited for first.
         """
-        plan = await self._plan(save)
+        plan = await self.plan(save, self.ring.chunk_bytes)
         try:
-            file = await self.storage.create(target, plan.nbytes)
+            file = await self.create(save, target, plan.nbytes)
             try:
-                crc32 = await _Transfer(self, save, plan, file).run()
-                start = perf_counter()
-                await file.sync()
-                save.sync_s = perf_counter() - start
+                sums = await self.transfer(save, plan, file)
+                crc32 = await run_blocking(self.planners, sums.file_crc32)
+                await self.sync(save, plan, file, crc32)
             finally:
                 await file.close()
         finally:
@@ -138,21 +141,74 @@ class Saver:
             save.capture = None
             save.staged.set()
 
-    async def _plan(self, save: FileSave) -> FilePlan:
+    # --- the steps of `run` ---------------------------------------------------
+
+    async def plan(self, save: FileSave, chunk_bytes: int) -> FilePlan:
+        """The file's image, cut into chunks that are no longer than those of the ring.
+
+        Raises:
+            InvalidArgumentError: The state cannot be saved as it is.
+            StagingError: A tensor is where nothing can be copied from.
+
+        If cancelled: a plan in the making is waited for and dropped.
+        """
         start = perf_counter()
-        plan = await run_blocking(self.planners, self._make_plan, save)
-        save.plan_s = perf_counter() - start
-        save.progress.planned_bytes = plan.nbytes
+        plan = await run_blocking(self.planners, self._make_plan, save, chunk_bytes)
+        save.planned_s = perf_counter()
+        save.plan_s = save.planned_s - start
         self.emit(
             Planned(save.tag, save.path, plan.nbytes, plan.num_records, save.plan_s)
         )
         return plan
 
-    def _make_plan(self, save: FileSave) -> FilePlan:
+    def _make_plan(self, save: FileSave, chunk_bytes: int) -> FilePlan:
         assert save.capture is not None
-        plan = make_plan(save.capture, save.path, save.metadata, self.ring.chunk_bytes)
+        plan = make_plan(save.capture, save.path, save.metadata, chunk_bytes)
         self.stager.check(plan.sources)
         return plan
+
+    async def create(self, save: FileSave, target: str, nbytes: int) -> WriteFile:
+        """A new file, in directories that are made where the save's path names any.
+
+        Raises:
+            StorageError: No room, or the file system refused.
+
+        If cancelled: no file is left open.
+        """
+        if "/" in save.path:
+            parent, _ = target.rsplit("/", 1)
+            await run_blocking(self.planners, self.storage.make_dirs, parent)
+        return await self.storage.create(target, nbytes)
+
+    async def transfer(
+        self, save: FileSave, plan: FilePlan, file: WriteFile
+    ) -> Checksums:
+        """Stages and writes every chunk of the plan; the checksums of all of them.
+
+        Raises:
+            CheckpointError: What failed, by kind.
+
+        If cancelled: copies and writes under way are waited for first.
+        """
+        return await _Transfer(self, save, plan, file).run()
+
+    async def sync(
+        self, save: FileSave, plan: FilePlan, file: WriteFile, crc32: int
+    ) -> None:
+        """Makes durable what `transfer` has written.
+
+        Raises:
+            StorageError: It may not be durable, and never will be.
+
+        If cancelled: the syncing is waited for first.
+        """
+        elapsed_s = save.written_s - save.planned_s
+        self.emit(
+            Written(save.tag, save.path, plan.nbytes, crc32, file.is_direct, elapsed_s)
+        )
+        start = perf_counter()
+        await file.sync()
+        save.sync_s = perf_counter() - start
 
 
 class _Transfer:
@@ -167,10 +223,12 @@ class _Transfer:
         self._file = file
         self._sums = Checksums(plan.num_records, len(plan.chunks))
         self._num_unfilled = len(plan.chunks)
-        self._start_s = perf_counter()
+        save.progress.planned_bytes = plan.nbytes
 
-    async def run(self) -> int:
-        """Stages and writes every chunk; the CRC-32 of the whole file."""
+    async def run(self) -> Checksums:
+        """Stages and writes every chunk; the checksums of all of them."""
+        if not self._plan.chunks:
+            await self._release_sources()
         try:
             async with asyncio.TaskGroup() as group:
                 turn = asyncio.Event()
@@ -186,18 +244,7 @@ class _Transfer:
         except BaseExceptionGroup as failures:
             raise _first(failures) from failures
         self._save.written_s = perf_counter()
-        crc32 = await run_blocking(self._saver.planners, self._sums.file_crc32)
-        self._saver.emit(
-            Written(
-                self._save.tag,
-                self._save.path,
-                self._plan.nbytes,
-                crc32,
-                self._file.is_direct,
-                self._save.written_s - self._start_s,
-            )
-        )
-        return crc32
+        return self._sums
 
     async def _move(
         self, chunk: Chunk, lease: Lease, turn: asyncio.Event, next_turn: asyncio.Event
@@ -238,7 +285,7 @@ class _Transfer:
         save.staged.set()
         saver.emit(
             Staged(
-                save.tag, save.path, self._plan.nbytes, save.staged_s - self._start_s
+                save.tag, save.path, self._plan.nbytes, save.staged_s - save.planned_s
             )
         )
 

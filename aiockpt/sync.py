@@ -7,23 +7,32 @@ notebook. Ctrl-C cancels what is waited for, waits until it has ended, and goes 
 __all__ = ["CheckpointEngine", "CheckpointFile", "SaveHandle", "load", "open", "save"]
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 from aiockpt.access import BlockingCheckpointFile as CheckpointFile
+from aiockpt.agreement import TagOptions
 from aiockpt.config import EngineConfig
+from aiockpt.deadline import TimedSave
 from aiockpt.errors import CheckpointError
 from aiockpt.events import CommitReport, Observer, Progress
+from aiockpt.formats.plain import PlainBytes
 from aiockpt.loader import LoadOptions
 from aiockpt.manifest import TagInfo
 from aiockpt.onefile import load_blocking as load
 from aiockpt.onefile import open_blocking as open  # noqa: A004 - as `aiockpt.open`
 from aiockpt.onefile import save_blocking as save
+from aiockpt.preflight import PreflightReport
 from aiockpt.ranks.base import Ranks
 from aiockpt.runtime import Runtime, raise_untold
 from aiockpt.saver import FileSave
+from aiockpt.sharding import MAX_SHARD_BYTES, sharded
+from aiockpt.watching import BlockingTagWatch
 
 
 class SaveHandle:
@@ -71,7 +80,8 @@ class CheckpointEngine:
         observers: Sequence[Observer] = (),
     ) -> None:
         """Starts the engine's thread; touches no file."""
-        self._runtime = Runtime(root, EngineConfig.parse(config), ranks, observers)
+        settings = EngineConfig.parse(config)
+        self._runtime = Runtime.start(root, settings, ranks, observers)
 
     @property
     def root(self) -> str:
@@ -86,7 +96,7 @@ class CheckpointEngine:
     def __enter__(self) -> Self:
         """Sweeps what dead processes left in the root."""
         try:
-            self._runtime.spawn(self._runtime.start()).result()
+            self._runtime.spawn(self._runtime.sweep_at_start()).result()
         except BaseException as error:
             # The block is not entered, so nobody else would close the engine.
             self.__exit__(type(error), error, error.__traceback__)
@@ -108,9 +118,14 @@ class CheckpointEngine:
         except CheckpointError as lost:
             error.add_note(f"and on leaving the engine: {lost}")
 
+    def preflight(self, state: object = None) -> PreflightReport:
+        """Does a tiny save, load and removal, so that what is wrong shows before step 1."""
+        return self._runtime.preflight(state).result()
+
     def create(self, tag: str, *, overwrite: bool = False) -> None:
         """Opens a tag for saving; readers see nothing of it until `commit`."""
-        self._runtime.spawn(self._runtime.create(tag, overwrite=overwrite)).result()
+        options = TagOptions(is_overwrite=overwrite)
+        self._runtime.spawn(self._runtime.create(tag, options)).result()
 
     def save(
         self,
@@ -119,10 +134,40 @@ class CheckpointEngine:
         *,
         tag: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        replicated: bool | Iterable[int] = False,
     ) -> SaveHandle:
         """Captures `state_dict` and enqueues it as a file of an open tag."""
-        save = self._runtime.save(state_dict, path, tag=tag, metadata=metadata)
+        save = self._runtime.save(
+            state_dict, path, tag=tag, metadata=metadata, replicated=replicated
+        )
         return SaveHandle(self._runtime, save)
+
+    def save_sharded(
+        self,
+        state_dict: torch.nn.Module | Mapping[str, torch.Tensor],
+        *,
+        directory: str = "",
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        tag: str | None = None,
+    ) -> list[SaveHandle]:
+        """Captures weights and enqueues them as Hugging Face's readers expect them."""
+        files = sharded(
+            state_dict, directory=directory, max_shard_bytes=max_shard_bytes
+        )
+        return [
+            self.save(file.state, file.path, tag=tag, metadata=file.metadata)
+            for file in files
+        ]
+
+    def save_bytes(
+        self,
+        data: str | bytes,
+        path: str | os.PathLike[str],
+        *,
+        tag: str | None = None,
+    ) -> SaveHandle:
+        """Enqueues `data` as a file of an open tag, as it stands; text as UTF-8."""
+        return self.save(PlainBytes.of(data), path, tag=tag)
 
     def staged(self, tag: str | None = None) -> None:
         """Returns when all that was saved (in `tag`) has been copied."""
@@ -139,6 +184,36 @@ class CheckpointEngine:
     def commit(self, tag: str) -> CommitReport:
         """Makes a tag durable under its name, atomically, and moves `latest` to it."""
         return self._runtime.spawn(self._runtime.commit(tag)).result()
+
+    def preempt_on(self, *signals: int) -> None:
+        """From now on, any of `signals` sets `is_preempted` and ends `preempted`."""
+        self._runtime.preempt_on(signals)
+
+    @property
+    def is_preempted(self) -> bool:
+        """Whether one of the signals of `preempt_on` has come."""
+        return self._runtime.preemption.is_signalled
+
+    def preempted(self) -> None:
+        """Returns when one of the signals of `preempt_on` has come."""
+        self._runtime.spawn_last(self._runtime.preemption.signalled()).result()
+
+    def save_before(
+        self,
+        deadline_s: float,
+        tag: str,
+        files: Mapping[str, object],
+        *,
+        overwrite: bool = False,
+    ) -> CommitReport:
+        """Saves and publishes a whole tag within a time, or leaves nothing of it."""
+        timed = TimedSave(tag, deadline_s)
+        options = TagOptions(is_overwrite=overwrite)
+        call = self._runtime.save_before(timed, files, options)
+        try:
+            return call.result()
+        finally:
+            self._runtime.let_go(timed)
 
     def abort(self, tag: str) -> None:
         """Drops an open tag: nothing is published and nothing stays on the disk."""
@@ -168,6 +243,12 @@ class CheckpointEngine:
             strict=strict,
         )
         return self._runtime.spawn(self._runtime.load(path, tag, options)).result()
+
+    def load_bytes(
+        self, path: str | os.PathLike[str], *, tag: str | None = None
+    ) -> bytes:
+        """Returns the bytes of a file of a published tag (by default the latest)."""
+        return self._runtime.spawn(self._runtime.load_bytes(path, tag)).result()
 
     def load_latest_valid(
         self,
@@ -211,6 +292,27 @@ class CheckpointEngine:
     def tags(self) -> list[TagInfo]:
         """The published tags, oldest first."""
         return self._runtime.spawn(self._runtime.tags()).result()
+
+    def watch(self, after: str | TagInfo | None = None) -> Iterator[TagInfo]:
+        """Yields each newly published tag, oldest first, whoever publishes it."""
+        return BlockingTagWatch(self._runtime, after)
+
+    def wait_for(
+        self, tag: str | None = None, *, newer_than: str | TagInfo | None = None
+    ) -> TagInfo:
+        """The tag to read next, once it is published, whoever publishes it."""
+        return self._runtime.spawn(self._runtime.wait_for(tag, newer_than)).result()
+
+    @contextmanager
+    def reading(self, tag: str | None = None) -> Generator[TagInfo]:
+        """Keeps a published tag (by default the latest) while the block runs."""
+        reading = self._runtime.reading(tag)
+        try:
+            yield self._runtime.spawn(reading.begin()).result()
+        finally:
+            call = self._runtime.end_reading(reading)
+            if call is not None:
+                call.result()
 
     def delete(self, tag: str) -> None:
         """Unpublishes a tag, durably, then removes its files."""

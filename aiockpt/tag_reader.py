@@ -232,6 +232,13 @@ class TagReader:
             message = f"tag {tag!r} has no file {relative!r}; it has {known}"
             raise CheckpointNotFoundError(message)
         entry = entries[relative]
+        if entry.place != manifest.place:
+            host = manifest.hosts.get(entry.place, "?")
+            message = (
+                f"{relative!r} of tag {tag!r} lies on another disk: that of rank "
+                f"{entry.place} on host {host!r}"
+            )
+            raise CheckpointNotFoundError(message)
         file = self._storage.open_read(f"{tag}/{relative}")
         if file.nbytes != entry.nbytes:
             file.close()

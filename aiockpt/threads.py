@@ -6,10 +6,19 @@ takes for free. So every wait here outlasts its thread: `run_blocking` and
 `outlast` return, or raise the cancellation, only when the work has ended.
 """
 
-__all__ = ["WorkerPool", "outlast", "run_blocking", "run_interruptibly", "settle"]
+__all__ = [
+    "WorkerPool",
+    "finish",
+    "outlast",
+    "run_blocking",
+    "run_interruptibly",
+    "settle",
+    "watch",
+]
 
 import asyncio
 import concurrent.futures
+import contextlib
 import os
 import queue
 import sys
@@ -37,6 +46,50 @@ async def outlast(awaitable: Awaitable[T]) -> T:
     If cancelled: the cancellation is raised once `awaitable` has ended.
     """
     return await settle(asyncio.ensure_future(awaitable))
+
+
+async def finish(awaitable: Awaitable[T]) -> T:
+    """Awaits `awaitable` to its end and returns, or raises, what came of it.
+
+    If cancelled: as if it had not been; the cancellation is dropped.
+    """
+    task, _ = await _to_its_end(awaitable, lambda _task: None)
+    try:
+        return task.result()
+    finally:
+        del task  # as in `settle`; a task refers to what it raised
+
+
+async def watch(awaitable: Awaitable[T]) -> "tuple[asyncio.Future[T], bool]":
+    """How `awaitable` ended, and whether that was asked for.
+
+    If cancelled: `awaitable` is cancelled, and waited for; the cancellation is
+    dropped, for the caller to raise where it was not in vain.
+    """
+    return await _to_its_end(awaitable, lambda task: task.cancel())
+
+
+async def _to_its_end(
+    awaitable: Awaitable[T], interrupt: "Callable[[asyncio.Future[T]], object]"
+) -> "tuple[asyncio.Future[T], bool]":
+    caller, task = asyncio.current_task(), asyncio.ensure_future(awaitable)
+    num_cancelled = caller.cancelling() if caller else 0
+    is_interrupted = False
+
+    def interrupt_once() -> bool:
+        nonlocal is_interrupted
+        if not is_interrupted:
+            is_interrupted = True
+            interrupt(task)
+        return False
+
+    waiting = asyncio.ensure_future(asyncio.wait([task]))
+    with contextlib.suppress(asyncio.CancelledError):
+        await settle(waiting, interrupt_once)
+    # Whoever drops a cancellation takes it back: the scopes around count them.
+    while caller and caller.cancelling() > num_cancelled:
+        caller.uncancel()
+    return task, is_interrupted
 
 
 async def run_blocking(
@@ -215,8 +268,14 @@ class WorkerPool(concurrent.futures.Executor):
 def _yield_to_others() -> None:
     """Gives the calling thread less of a busy machine than trainers and loops get."""
     # Linux keeps a nice value for each thread; elsewhere this would slow the process.
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    if sys.platform != "linux":
+        return
+    thread = threading.get_native_id()
+    # Some sandboxes refuse this. A worker that died of it would be waited for in vain.
+    with contextlib.suppress(OSError):
+        # Not less nice than it was: that takes a privilege.
+        niceness = max(_NICENESS, os.getpriority(os.PRIO_PROCESS, thread))
+        os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 
 class _Job:

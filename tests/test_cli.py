@@ -140,6 +140,49 @@ def test_inspect_of_a_root_asks_for_a_tag(root):
     assert "neither a file nor a tag" in complaint_of("inspect", root)
 
 
+# --- plain files ------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(root):
+    """A tag with texts beside the weights; the second looks like safetensors."""
+    with sync.CheckpointEngine(root, {"host_cache_size": 1 / 128}) as engine:
+        engine.create("plain")
+        engine.save(STATE, "model.pt")
+        engine.save_bytes("no checkpoint", "notes.txt")
+        engine.save_bytes('{"a": 1,{', "index.json")
+        engine.commit("plain")
+    return root / "plain"
+
+
+def test_a_plain_file_as_it_was_written_is_sound(plain):
+    assert result_of("verify", plain)["faults"] == []
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "index.json"])
+def test_verify_names_a_plain_file_with_a_flipped_bit(plain, name):
+    flip(plain / name, (plain / name).read_bytes()[-1:])
+    (fault,) = result_of("verify", plain, status=1)["faults"]
+    assert fault["path"].endswith(name)
+
+
+def test_inspect_shows_plain_files_of_a_tag_without_tensors(plain):
+    files = {file["path"]: file for file in result_of("inspect", plain)["files"]}
+    assert files["notes.txt"]["container"] == "plain"
+    assert files["index.json"]["tensors"] == []
+    assert files["index.json"]["nbytes"] == 9
+    assert files["model.pt"]["tensors"]
+    assert "plain" in run("inspect", plain).stdout
+    flip(plain / "model.pt", b"PK")
+    assert "neither a torch zip" in complaint_of("inspect", plain)
+
+
+def test_diff_compares_the_tensors_beside_plain_files(plain):
+    assert run("diff", plain, plain.parent / "step-1").exit_code == 0
+    flip(plain / "model.pt", b"PK")
+    assert "neither a torch zip" in complaint_of("diff", plain, plain)
+
+
 # --- verify ---------------------------------------------------------------------
 
 

@@ -3,12 +3,14 @@
 __all__ = ["Change", "Difference", "compare"]
 
 import contextlib
+from pathlib import Path
 
 import msgspec
 
-from aiockpt.cli.places import Kind, Place, manifest_of, opened
+from aiockpt.cli.places import Kind, Place, is_plain, manifest_of, opened
 from aiockpt.cli.views import View, is_equal, views
-from aiockpt.errors import InvalidArgumentError
+from aiockpt.errors import CorruptCheckpointError, InvalidArgumentError
+from aiockpt.manifest import FileEntry
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,11 +92,21 @@ def _views(place: Place, files: contextlib.ExitStack) -> dict[str, View]:
         return views(files.enter_context(opened(path.parent, path.name)))
     return {
         f"{entry.path}:{key}": view
-        for entry in manifest_of(place.path).files
-        for key, view in views(
-            files.enter_context(opened(place.path, entry.path))
-        ).items()
+        for entry in manifest_of(place.path).local_files
+        for key, view in _views_of_entry(place.path, entry, files).items()
     }
+
+
+def _views_of_entry(
+    tag_dir: Path, entry: FileEntry, files: contextlib.ExitStack
+) -> dict[str, View]:
+    """The tensors of one file of a tag; a plain file has none."""
+    try:
+        return views(files.enter_context(opened(tag_dir, entry.path)))
+    except (CorruptCheckpointError, InvalidArgumentError):
+        if not is_plain(tag_dir, entry):
+            raise
+        return {}
 
 
 def _kind(view: View) -> str:

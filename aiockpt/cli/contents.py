@@ -2,11 +2,14 @@
 
 __all__ = ["Contents", "FileContents", "Tensor", "contents"]
 
+from pathlib import Path
+
 import msgspec
 
-from aiockpt.cli.places import Kind, Place, manifest_of, opened
-from aiockpt.errors import InvalidArgumentError
+from aiockpt.cli.places import Kind, Place, is_plain, manifest_of, opened
+from aiockpt.errors import CorruptCheckpointError, InvalidArgumentError
 from aiockpt.loader import FileInfo, inspect_file
+from aiockpt.manifest import FileEntry
 
 
 class Tensor(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,7 +37,7 @@ class FileContents(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         path: Relative to the tag, or the file's name.
-        container: `"torch_zip"` or `"safetensors"`.
+        container: `"torch"`, `"safetensors"`, or `"plain"` for other files of a tag.
         nbytes: Its length.
         tensor_bytes: Bytes of its tensors, those that share bytes counted in full.
         record_bytes: Bytes of the records that hold them.
@@ -67,21 +70,34 @@ def contents(place: Place) -> Contents:
         CorruptCheckpointError: What describes the tensors is damaged.
     """
     path = place.path
-    tag = None
     if place.kind is Kind.ROOT:
         message = f"{str(path)!r} is neither a file nor a tag: name one below it"
         raise InvalidArgumentError(message)
     if place.kind is Kind.FILE:
-        directory, names = path.parent, [path.name]
-    else:
-        manifest = manifest_of(path)
-        tag = manifest.tag
-        directory, names = path, [entry.path for entry in manifest.files]
-    files: list[FileContents] = []
-    for name in names:
-        with opened(directory, name) as file:
-            files.append(_describe(name, inspect_file(file)))
-    return Contents(path=str(path), tag=tag, files=files)
+        with opened(path.parent, path.name) as file:
+            described = _describe(path.name, inspect_file(file))
+        return Contents(path=str(path), tag=None, files=[described])
+    manifest = manifest_of(path)
+    files = [_describe_entry(path, entry) for entry in manifest.local_files]
+    return Contents(path=str(path), tag=manifest.tag, files=files)
+
+
+def _describe_entry(tag_dir: Path, entry: FileEntry) -> FileContents:
+    try:
+        with opened(tag_dir, entry.path) as file:
+            return _describe(entry.path, inspect_file(file))
+    except (CorruptCheckpointError, InvalidArgumentError):
+        if not is_plain(tag_dir, entry):
+            raise
+    return FileContents(
+        path=entry.path,
+        container="plain",
+        nbytes=entry.nbytes,
+        tensor_bytes=0,
+        record_bytes=0,
+        num_objects=0,
+        tensors=[],
+    )
 
 
 def _describe(path: str, info: FileInfo) -> FileContents:

@@ -4,6 +4,7 @@ __all__ = [
     "Kind",
     "Place",
     "find",
+    "is_plain",
     "manifest_of",
     "open_catalog",
     "opened",
@@ -20,9 +21,10 @@ from typing import NamedTuple
 
 from aiockpt.catalog import Catalog
 from aiockpt.config import EngineConfig
-from aiockpt.errors import CheckpointNotFoundError
+from aiockpt.errors import CheckpointError, CheckpointNotFoundError
+from aiockpt.loader import is_as_written
 from aiockpt.machinery import Machinery
-from aiockpt.manifest import MANIFEST_PATH, PRIVATE_DIR, Manifest
+from aiockpt.manifest import MANIFEST_PATH, PRIVATE_DIR, FileEntry, Manifest
 from aiockpt.storage.base import ReadFile
 from aiockpt.storage.local import LocalStorage
 from aiockpt.threads import WorkerPool
@@ -105,6 +107,15 @@ def opened(directory: Path, path: str) -> Generator[ReadFile]:
         yield file
 
 
+def is_plain(tag_dir: Path, entry: FileEntry) -> bool:
+    """Whether a file that is no checkpoint has the bytes that were saved all the same."""
+    try:
+        with opened(tag_dir, entry.path) as file:
+            return is_as_written(file, entry.crc32)
+    except CheckpointError:
+        return False
+
+
 @contextlib.contextmanager
 def verifier(
     advance: Callable[[int], None],
@@ -114,7 +125,7 @@ def verifier(
     Args:
         advance: Told the number of further bytes read, by any thread.
     """
-    machinery = Machinery("", EngineConfig(host_cache_size=0.125), ())
+    machinery = Machinery(EngineConfig(host_cache_size=0.125))
     try:
         yield lambda file: machinery.spawn(
             machinery.loader.verify(lambda: (file, None), advance)

@@ -10,6 +10,7 @@ import msgspec
 from aiockpt.cli.places import (
     Kind,
     Place,
+    is_plain,
     manifest_of,
     opened,
     tag_dirs,
@@ -109,7 +110,7 @@ def _check_tag(found: Verification, tag_dir: Path, check: Check) -> None:
         found.faults.append(_fault(tag_dir, error))
         return
     found.tags.append(manifest.tag)
-    for entry in manifest.files:
+    for entry in manifest.local_files:
         _check_file(found, tag_dir, entry.path, entry, check)
 
 
@@ -127,7 +128,8 @@ def _check_file(
             found.nbytes += file.nbytes
             difference = _compare(file, entry, check)
     except CheckpointError as error:
-        found.faults.append(_fault(full, error))
+        if entry is None or not is_plain(directory, entry):
+            found.faults.append(_fault(full, error))
         return
     if difference is not None:
         found.faults.append(Fault(path=str(full), message=f"{full}: {difference}"))

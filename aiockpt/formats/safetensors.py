@@ -15,6 +15,7 @@ __all__ = [
     "MAX_HEADER_BYTES",
     "Header",
     "TensorEntry",
+    "check",
     "header_nbytes",
     "parse_header",
     "plan",
@@ -118,6 +119,15 @@ def plan(
             extents.append(Data(offset, tensor.nbytes, record))
             offset += tensor.nbytes
     return Layout(offset, extents), items
+
+
+def check(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Returns if files of the format can hold the tensors, in whatever number.
+
+    Raises:
+        InvalidArgumentError: They cannot; the message names the key.
+    """
+    _checked(tensors)
 
 
 def header_nbytes(prefix: bytes, file_nbytes: int) -> int:
@@ -252,7 +262,8 @@ def _check_sharing(items: Iterable[tuple[str, torch.Tensor]]) -> None:
         if device == next_device and start + nbytes > next_start:
             raise InvalidArgumentError(
                 f"safetensors cannot hold {name!r} and {other!r}: they share memory; "
-                "leave one out, or pass a clone"
+                "leave one out, or pass a clone (of a module that is passed itself, "
+                "tied weights are written once)"
             )
 
 

@@ -21,6 +21,7 @@ import torch
 
 from aiockpt.errors import CheckpointNotFoundError, InvalidArgumentError
 from aiockpt.outline import TensorOutline, is_tensor, leaves, segment
+from aiockpt.weights import memory_of
 
 _MAX_DEPTH: Final = 200
 _MAX_COMPARED: Final = 5000
@@ -154,7 +155,7 @@ class Targets:
             tensors: Tensors of the file, by key path.
             is_chosen: Whether they were chosen by name: other targets are not meant.
         """
-        targets = self._tensors
+        targets = _without_tied(self._tensors, tensors)
         if is_chosen:
             targets = {key: targets[key] for key in tensors if key in targets}
         if self.is_strict:
@@ -165,6 +166,18 @@ class Targets:
         return {key: tensors[key] for key in common}, {
             key: targets[key] for key in common
         }
+
+
+def _without_tied(
+    targets: Mapping[str, torch.Tensor], names: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Leaves out targets that the file fills under another of their names."""
+    filled = {memory_of(targets[name]) for name in names if name in targets} - {None}
+    return {
+        name: tensor
+        for name, tensor in targets.items()
+        if name in names or memory_of(tensor) not in filled
+    }
 
 
 def _log_left_out(path: str, what: str, keys: Collection[str]) -> None:

@@ -5,10 +5,13 @@ not coroutines block: call them in a worker. Every failure of the place itself i
 a `StorageError` with the errno and the path.
 """
 
-__all__ = ["Lock", "ReadFile", "Storage", "WriteFile"]
+__all__ = ["Lock", "Notices", "ReadFile", "Storage", "WriteFile"]
 
 from collections.abc import Callable
-from typing import Protocol
+from concurrent.futures import Executor
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class ReadFile(Protocol):
@@ -58,7 +61,7 @@ class ReadFile(Protocol):
 
 
 class WriteFile(Protocol):
-    """One new file of known length, written in chunks in any order.
+    """One file of known length, written in chunks in any order.
 
     Its coroutines end only when the work has ended, cancelled or not: afterwards
     nothing reads the buffer that they were given.
@@ -88,8 +91,19 @@ class WriteFile(Protocol):
         """
         ...
 
+    async def amend(self, offset: int, data: bytes) -> None:
+        """Writes `data` over a part of what `write` has written; all calls have ended.
+
+        Unlike `write` it takes any offset and any length. No other writer may be at
+        work on the chunk.
+
+        Raises:
+            StorageError: The write failed. The file is then of no use.
+        """
+        ...
+
     async def sync(self) -> None:
-        """Cuts the file to its length and makes it durable.
+        """Cuts the file to its length and makes durable what was written to it here.
 
         Raises:
             StorageError: It may not be durable, and never will be: a failed sync is
@@ -114,6 +128,31 @@ class Lock(Protocol):
         ...
 
 
+class Notices(Protocol):
+    """Wakes those who wait for something to appear in one directory.
+
+    It belongs to the event loop on which it is first used.
+    """
+
+    async def until(self, look: Callable[[], T | None]) -> T:
+        """What `look()` returns, as soon as that is not None.
+
+        `look` runs in a worker: at once, soon after any name has appeared in the
+        directory, and now and then, because a file system need not tell of what other
+        machines do in it, nor has a directory that is missing anything to tell.
+
+        Raises:
+            EngineStateError: `close` was called.
+
+        If cancelled: a look that has begun is waited for.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Ends the waiting of all, and releases what was opened. Idempotent."""
+        ...
+
+
 class Storage(Protocol):
     """A directory tree in which renames are atomic and syncs can be asked for.
 
@@ -129,6 +168,21 @@ class Storage(Protocol):
         Raises:
             StorageError: No room (`ENOSPC`), or the file system refused. Nothing is
                 left behind.
+        """
+        ...
+
+    async def open_write(self, path: str, nbytes: int) -> WriteFile:
+        """A file that `create` has made, perhaps in another process, open for writing.
+
+        What is in it stays; each byte may be written by one of those who have it open.
+
+        Args:
+            path: The file.
+            nbytes: Its length, as `create` was told.
+
+        Raises:
+            CheckpointNotFoundError: There is no such file.
+            StorageError: It is not a regular file, or the file system refused.
         """
         ...
 
@@ -196,6 +250,10 @@ class Storage(Protocol):
         """Moves a file over another. Atomic."""
         ...
 
+    def link(self, source: str, target: str) -> None:
+        """Gives a file a second name; where that cannot be, `target` is a copy."""
+        ...
+
     def remove(self, path: str) -> None:
         """Removes a file; nothing happens where there is none."""
         ...
@@ -204,9 +262,17 @@ class Storage(Protocol):
         """Removes a directory with all that is in it; nothing happens where none is."""
         ...
 
-    def lock(self, path: str, *, wait: bool) -> Lock | None:
+    def lock(self, path: str, *, wait: bool, shared: bool = False) -> Lock | None:
         """Locks the file at `path`, made if missing; None where it is held elsewhere.
 
-        With `wait`, blocks until it is free. The file itself stays.
+        With `wait`, blocks until it is free. With `shared`, others may hold it at the
+        same time who share it, too. The file itself stays.
+        """
+        ...
+
+    def notices(self, path: str, lookers: Executor) -> Notices:
+        """Tells of what appears in the directory `path`; looks are run by `lookers`.
+
+        Opens nothing yet.
         """
         ...

@@ -10,14 +10,17 @@ import fcntl
 import functools
 import os
 import shutil
+import stat
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor
+from typing import Literal
 
 import aiofiles
 from aiofiles.threadpool.binary import AsyncFileIO
 
 from aiockpt.errors import CheckpointNotFoundError, StorageError
 from aiockpt.storage.local_read import LocalReadFile
+from aiockpt.storage.notices import LocalNotices
 from aiockpt.threads import outlast, run_blocking
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -26,6 +29,8 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
+# What file systems without hard links, or with enough of them, say.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
 _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -36,36 +41,60 @@ class LocalStorage:
         root: The directory, absolute, symbolic links resolved.
     """
 
-    def __init__(self, root: str, workers: Executor) -> None:
-        """Uses `workers` for file work; touches nothing yet."""
+    def __init__(
+        self, root: str, workers: Executor, openers: Executor | None = None
+    ) -> None:
+        """Uses `workers` for file work; touches nothing yet.
+
+        Where there are `openers`, they open files: what is to be staged then does not
+        wait for the writes that are queued for `workers`.
+        """
         self.root = root
         self._workers = workers
+        self._openers = openers or workers
 
     def _full(self, path: str) -> str:
         return os.path.join(self.root, path) if path else self.root
 
     async def create(self, path: str, nbytes: int) -> "_LocalWriteFile":
         """See `Storage.create`."""
+        opener = functools.partial(_open_new, nbytes=nbytes)
+        return await self._open_for_writing(path, nbytes, "xb", opener)
+
+    async def open_write(self, path: str, nbytes: int) -> "_LocalWriteFile":
+        """See `Storage.open_write`."""
+        try:
+            return await self._open_for_writing(path, nbytes, "r+b", _open_old)
+        except StorageError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            full = self._full(path)
+            raise CheckpointNotFoundError(f"there is no file {full!r}") from error
+
+    async def _open_for_writing(
+        self,
+        path: str,
+        nbytes: int,
+        mode: Literal["xb", "r+b"],
+        opener: Callable[[str, int], int],
+    ) -> "_LocalWriteFile":
         full = self._full(path)
         opened: list[AsyncFileIO] = []
+
+        async def open_file() -> None:
+            handle = await aiofiles.open(
+                full, mode, buffering=0, opener=opener, executor=self._openers
+            )
+            opened.append(handle)
+
         try:
-            await outlast(self._open(full, nbytes, opened))
+            await outlast(open_file())
         except asyncio.CancelledError:
             # Opened all the same: nobody else knows of it.
             for handle in opened:
                 await outlast(handle.close())
             raise
         return _LocalWriteFile(full, nbytes, opened[0], self._workers)
-
-    async def _open(self, full: str, nbytes: int, opened: list[AsyncFileIO]) -> None:
-        handle = await aiofiles.open(
-            full,
-            "xb",
-            buffering=0,
-            opener=functools.partial(_open_new, nbytes=nbytes),
-            executor=self._workers,
-        )
-        opened.append(handle)
 
     def open_read(self, path: str) -> LocalReadFile:
         """See `Storage.open_read`."""
@@ -189,6 +218,19 @@ class LocalStorage:
         with _errors_name(self._full(target)):
             os.replace(self._full(source), self._full(target))
 
+    def link(self, source: str, target: str) -> None:
+        """See `Storage.link`."""
+        full = self._full(target)
+        with _errors_name(full):
+            try:
+                os.link(self._full(source), full, follow_symlinks=False)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                is_link = os.path.islink(self._full(source))
+                copy = shutil.copyfile if is_link else shutil.copy2
+                copy(self._full(source), full, follow_symlinks=False)
+
     def remove(self, path: str) -> None:
         """See `Storage.remove`."""
         with _errors_name(self._full(path)), contextlib.suppress(FileNotFoundError):
@@ -199,17 +241,24 @@ class LocalStorage:
         with _errors_name(self._full(path)), contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self._full(path))
 
-    def lock(self, path: str, *, wait: bool) -> "_LocalLock | None":
+    def notices(self, path: str, lookers: Executor) -> LocalNotices:
+        """See `Storage.notices`."""
+        return LocalNotices(self._full(path), lookers)
+
+    def lock(
+        self, path: str, *, wait: bool, shared: bool = False
+    ) -> "_LocalLock | None":
         """See `Storage.lock`."""
         full = self._full(path)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        # Whoever may only read can share: some file systems ask for no more than that.
+        flags = (os.O_RDONLY if shared else os.O_RDWR) | os.O_CREAT | os.O_CLOEXEC
         with _errors_name(full):
             while True:
-                descriptor = os.open(full, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                descriptor = os.open(full, flags, 0o666)
                 lock = _LocalLock(descriptor)
                 try:
-                    fcntl.flock(
-                        descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
-                    )
+                    fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
                     # A sweeper may have removed the file between the open and the lock:
                     # then this lock guards nothing that others can see.
                     if _is_same_file(descriptor, full):
@@ -276,12 +325,7 @@ class _LocalWriteFile:
         self, offset: int, view: memoryview, prepare: Callable[[], None]
     ) -> None:
         prepare()
-        with _errors_name(self._full):
-            num_written = 0
-            while num_written < len(view):
-                # Released: a traceback that kept it would keep the ring mapped.
-                with view[num_written:] as left:
-                    num_written += self._write_once(left, offset + num_written)
+        self._write_whole(offset, view)
         if not self._is_direct:
             # Starts write-back now, so that the sync at the end finds little to do.
             _libc.sync_file_range(
@@ -290,6 +334,14 @@ class _LocalWriteFile:
                 ctypes.c_int64(len(view)),
                 _SYNC_FILE_RANGE_WRITE,
             )
+
+    def _write_whole(self, offset: int, view: memoryview) -> None:
+        with _errors_name(self._full):
+            num_written = 0
+            while num_written < len(view):
+                # Released: a traceback that kept it would keep the ring mapped.
+                with view[num_written:] as left:
+                    num_written += self._write_once(left, offset + num_written)
 
     def _write_once(self, view: memoryview, offset: int) -> int:
         was_direct = self._is_direct
@@ -310,6 +362,16 @@ class _LocalWriteFile:
         # In this order: a worker that reads False then writes through the cache.
         _set_flags(self._descriptor, _flags(self._descriptor) & ~_O_DIRECT)
         self._is_direct = False
+
+    async def amend(self, offset: int, data: bytes) -> None:
+        await run_blocking(self._workers, self._amend, offset, data)
+
+    def _amend(self, offset: int, data: bytes) -> None:
+        # Through the cache, where the kernel completes the blocks around it. No direct
+        # write is under way, and none follows: the two are never mixed.
+        with _errors_name(self._full):
+            _set_flags(self._descriptor, _flags(self._descriptor) & ~_O_DIRECT)
+        self._write_whole(offset, memoryview(data))
 
     async def sync(self) -> None:
         await run_blocking(self._workers, self._sync)
@@ -389,6 +451,23 @@ def _open_new(full: str, flags: int, *, nbytes: int) -> int:
             with contextlib.suppress(OSError):
                 os.unlink(full)
             raise
+        return descriptor
+
+
+def _open_old(full: str, flags: int) -> int:
+    """Opens a file for direct writes, and leaves what is in it."""
+    with _errors_name(full):
+        # Without O_NONBLOCK, opening a FIFO could wait for its other end.
+        flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            descriptor = os.open(full, flags | _O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            descriptor = os.open(full, flags)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            _close_unwritten(descriptor)
+            raise OSError(errno.EINVAL, "not a regular file")
         return descriptor
 
 

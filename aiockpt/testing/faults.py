@@ -7,7 +7,7 @@
 
 Calls are named as the kernel names them: `open`, `create` (an `open` that makes the
 file), `mkdir`, `fallocate`, `write`, `pwrite`, `pread`, `sync_file_range`,
-`ftruncate`, `fsync`, `close`, `rename`, `exchange`, `unlink`, `rmdir`, `scandir`,
+`ftruncate`, `fsync`, `close`, `link`, `copy`, `rename`, `exchange`, `unlink`, `rmdir`, `scandir`,
 `stat`, `fstat`, `statvfs` and `flock`.
 
 What is injected holds for every engine of the process, and for local storage only.

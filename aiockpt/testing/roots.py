@@ -89,7 +89,7 @@ def _manifests(root: Path, problems: list[str]) -> list[Manifest]:
 
 
 def _problems_of_files(directory: Path, manifest: Manifest) -> Iterator[str]:
-    entries = {entry.path: entry for entry in manifest.files}
+    entries = {entry.path: entry for entry in manifest.local_files}
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
         is_directory = stat.S_ISDIR(path.lstat().st_mode)

@@ -14,7 +14,8 @@ import functools
 import mmap
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -22,6 +23,7 @@ import pytest
 from aiockpt.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
+    EngineStateError,
     StorageError,
 )
 from aiockpt.storage.base import Storage
@@ -80,6 +82,12 @@ class StorageContract:
     def storage(self) -> Storage:
         """The storage to test, empty."""
         raise NotImplementedError
+
+    @pytest.fixture
+    def lookers(self) -> Iterator[Executor]:
+        """Threads that look at files."""
+        with ThreadPoolExecutor(2) as pool:
+            yield pool
 
     def run(self, work: Coroutine[object, object, None]) -> None:
         """Runs a coroutine to its end."""
@@ -200,6 +208,63 @@ class StorageContract:
             with pytest.raises(StorageError) as caught:
                 await storage.create("f", 1 << 60)
             assert caught.value.errno in {errno.ENOSPC, errno.EFBIG}
+
+        self.run(work())
+
+        assert not storage.exists("f")
+
+    @pytest.mark.parametrize("nbytes", [_PAGE - 9, 3 * _PAGE, 5 * _PAGE + 100])
+    def test_any_bytes_of_a_written_file_can_be_amended(
+        self, storage: Storage, nbytes: int
+    ) -> None:
+        memory = _pages(nbytes)
+        expected = bytearray(memory[:nbytes])
+        # Within a page, over a boundary where there is one, and at the end.
+        amendments = [(3, b"first"), (nbytes // 2 - 60, b"m" * 120), (nbytes - 1, b"z")]
+
+        async def work() -> None:
+            file = await storage.create("f", nbytes)
+            await file.write(0, memory, _nothing)
+            for offset, data in amendments:
+                await file.amend(offset, data)
+            await file.sync()
+            await file.close()
+
+        for offset, data in amendments:
+            expected[offset : offset + len(data)] = data
+        self.run(work())
+
+        assert _content(storage, "f") == expected
+
+    # --- files of several writers -------------------------------------------------
+
+    @pytest.mark.parametrize("nbytes", [2 * _PAGE, 2 * _PAGE + 1, 3 * _PAGE - 1])
+    def test_two_writers_make_one_file_each_its_own_pages(
+        self, storage: Storage, nbytes: int
+    ) -> None:
+        memory = _pages(nbytes)
+        expected = bytearray(memory[:nbytes])
+        expected[_PAGE + 5 : _PAGE + 7] = b"am"
+
+        async def work() -> None:
+            first = await storage.create("f", nbytes)
+            second = await storage.open_write("f", nbytes)
+            await second.write(_PAGE, memory[_PAGE:], _nothing)
+            await first.write(0, memory[:_PAGE], _nothing)
+            await first.sync()
+            await first.close()
+            await second.amend(_PAGE + 5, b"am")
+            await second.sync()
+            await second.close()
+
+        self.run(work())
+
+        assert _content(storage, "f") == expected
+
+    def test_a_missing_file_is_not_opened_for_writing(self, storage: Storage) -> None:
+        async def work() -> None:
+            with pytest.raises(CheckpointNotFoundError):
+                await storage.open_write("f", _PAGE)
 
         self.run(work())
 
@@ -401,3 +466,80 @@ class StorageContract:
         assert again is not None
         again.release()
         assert storage.exists("l")
+
+    def test_a_lock_is_shared_by_those_who_ask_for_that(self, storage: Storage) -> None:
+        one = storage.lock("l", wait=True, shared=True)
+        other = storage.lock("l", wait=False, shared=True)
+        assert one is not None
+        assert other is not None
+
+        one.release()
+        assert storage.lock("l", wait=False) is None
+        other.release()
+
+        alone = storage.lock("l", wait=False)
+        assert alone is not None
+        assert storage.lock("l", wait=False, shared=True) is None
+        alone.release()
+
+    # --- notices ------------------------------------------------------------------
+
+    @pytest.mark.parametrize("is_there", [True, False])
+    def test_whoever_waits_sees_what_appears_in_a_directory(
+        self, storage: Storage, lookers: Executor, is_there: bool
+    ) -> None:
+        if is_there:
+            storage.make_dirs("d")
+        num_looks: list[None] = []
+
+        def look() -> str | None:
+            num_looks.append(None)
+            if storage.exists("d/new"):
+                return "seen"
+            if len(num_looks) == 1:
+                storage.make_dirs("d")
+                storage.write_durable("f", b"")
+                # After this look has found nothing, and before it has said so.
+                storage.replace("f", "d/new")
+            return None
+
+        async def work() -> None:
+            notices = storage.notices("d", lookers)
+            async with asyncio.timeout(_LIMIT_S):
+                assert await notices.until(look) == "seen"
+            await notices.close()
+
+        self.run(work())
+
+    def test_the_end_of_notices_is_the_end_of_waiting(
+        self, storage: Storage, lookers: Executor
+    ) -> None:
+        async def work() -> None:
+            loop, has_looked = asyncio.get_running_loop(), asyncio.Event()
+
+            def look() -> str | None:
+                loop.call_soon_threadsafe(has_looked.set)
+                return None
+
+            notices = storage.notices("", lookers)
+            waiting = asyncio.ensure_future(notices.until(look))
+            await has_looked.wait()
+            await notices.close()
+            await notices.close()
+            for each in (waiting, notices.until(look)):
+                with pytest.raises(EngineStateError):
+                    await each
+
+        self.run(work())
+
+    def test_the_error_of_a_look_is_that_of_the_waiting(
+        self, storage: Storage, lookers: Executor
+    ) -> None:
+        async def work() -> None:
+            notices = storage.notices("", lookers)
+            with pytest.raises(StorageError):
+                await notices.until(lambda: storage.read_bytes("f", -1))
+            await notices.close()
+
+        storage.write_durable("f", b"text")
+        self.run(work())

@@ -183,7 +183,7 @@ _BY_DESCRIPTOR = {
     "close": "close",
 }
 _BY_PATH = ("mkdir", "rmdir", "scandir", "stat", "statvfs", "unlink")
-_BY_TWO_PATHS = {"rename": "rename", "replace": "rename"}
+_BY_TWO_PATHS = {"link": "link", "rename": "rename", "replace": "rename"}
 _DESCRIPTORS = "/proc/self/fd/"
 
 
@@ -201,8 +201,8 @@ def _os_calls(tap: Tap) -> dict[str, Any]:
         return call
 
     def by_two_paths(name: str) -> Callable[..., Any]:
-        def call(source: str, target: str) -> Any:
-            function = partial(getattr(os, name), source, target)
+        def call(source: str, target: str, **kwargs: Any) -> Any:
+            function = partial(getattr(os, name), source, target, **kwargs)
             return tap.run(_BY_TWO_PATHS[name], source, function, target=target)
 
         return call
@@ -273,7 +273,15 @@ def _libc_calls(tap: Tap) -> dict[str, Any]:
 
 
 def _shutil_calls(tap: Tap) -> dict[str, Any]:
-    return {"rmtree": partial(_rmtree, tap)}
+    def copying(name: str) -> Callable[..., Any]:
+        def call(source: str, target: str, **kwargs: Any) -> Any:
+            make = partial(getattr(shutil, name), source, target, **kwargs)
+            return tap.run("copy", source, make, target=target)
+
+        return call
+
+    copies = {name: copying(name) for name in ("copy2", "copyfile")}
+    return {"rmtree": partial(_rmtree, tap), **copies}
 
 
 def _rmtree(tap: Tap, path: str) -> None:

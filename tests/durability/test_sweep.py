@@ -30,8 +30,9 @@ def dead_engines(root: Path, *nums_attempts: int) -> list[str]:
             prepare(catalog, root)
     for catalog in catalogs:
         # The kernel lets go of a dead process's locks, and does nothing else.
-        catalog._lock.release()
-    return [catalog._engine for catalog in catalogs]
+        for lock in catalog._area._locks.values():
+            lock.release()
+    return [catalog._area._engine for catalog in catalogs]
 
 
 def dead_engine(root: Path) -> str:

@@ -77,7 +77,9 @@ OPERATIONS: dict[str, Callable[[CheckpointEngine], Awaitable[object]]] = {
     "latest": lambda engine: engine.latest(),
     "tags": lambda engine: engine.tags(),
     "sweep": lambda engine: engine.sweep(),
-    "enter": lambda engine: engine._runtime.spawn(engine._runtime.start()).wait(),
+    "enter": lambda engine: engine._runtime.spawn(
+        engine._runtime.sweep_at_start()
+    ).wait(),
 }
 operations = pytest.mark.parametrize("operate", OPERATIONS.values(), ids=OPERATIONS)
 

@@ -1,5 +1,6 @@
 """The public types as a user's type checker meets them; checked, never run."""
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, assert_type
@@ -62,6 +63,23 @@ async def awaiting(root: Path, state: dict[str, torch.Tensor]) -> None:
         assert_type(await engine.latest(), str | None)
         assert_type(await engine.tags(), list[TagInfo])
         assert_type(await engine.sweep(), list[str])
+        assert_type(await engine.wait_for("step-1", newer_than="step-0"), TagInfo)
+        async for info in engine.watch():
+            assert_type(info, TagInfo)
+            engine.watch(after=info)
+        async with engine.reading("step-1") as held:
+            assert_type(held, TagInfo)
+        assert_type(await engine.save_bytes("text", "notes"), aiockpt.SaveHandle)
+        assert_type(await engine.load_bytes("notes", tag="step-1"), bytes)
+        sharded = await engine.save_sharded(torch.nn.Linear(1, 1), directory="hf")
+        assert_type(sharded, list[aiockpt.SaveHandle])
+        await engine.save_sharded(state, max_shard_bytes=1 << 30)
+        assert_type(await engine.preflight(state), aiockpt.PreflightReport)
+        engine.preempt_on(signal.SIGTERM, signal.SIGUSR1)
+        await engine.preempted()
+        assert_type(engine.is_preempted, bool)
+        report = await engine.save_before(20, "last", {"model.pt": state})
+        assert_type(report, CommitReport)
         assert_type(await engine.load("model.pt", "cpu", keys=["w"]), Any)
         assert_type(engine.ring_bytes, tuple[int, int])
         await engine.abort("step-2")
@@ -102,6 +120,11 @@ def blocking(root: str, states: Sequence[object]) -> None:
         assert_type(engine.commit("step-1"), CommitReport)
         assert_type(engine.latest(), str | None)
         assert_type(engine.tags(), list[TagInfo])
+        assert_type(engine.wait_for(newer_than=engine.tags()[0]), TagInfo)
+        for info in engine.watch(after="step-0"):
+            assert_type(info, TagInfo)
+        with engine.reading() as held:
+            assert_type(held, TagInfo)
         assert_type(engine.load("model.pt", into=states), Any)
     engine.close()
 

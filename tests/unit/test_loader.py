@@ -91,7 +91,7 @@ class Threads:
     """What loads and verifies open files, and closes them."""
 
     def __init__(self) -> None:
-        self._machinery = Machinery("", EngineConfig(host_cache_size=0.0625), ())
+        self._machinery = Machinery(EngineConfig(host_cache_size=0.0625))
         self._loader = self._machinery.loader
 
     def load(self, file: PlainFile, **options: object) -> object:

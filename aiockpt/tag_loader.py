@@ -1,0 +1,167 @@
+"""Loading files of published tags, on every rank from the same tag."""
+
+__all__ = ["TagLoader"]
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack
+from typing import Any
+
+from aiockpt.catalog import Catalog
+from aiockpt.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    EngineStateError,
+    InvalidArgumentError,
+    PeerError,
+)
+from aiockpt.loader import Loader, LoadOptions, Opened
+from aiockpt.manifest import FileEntry
+from aiockpt.ranks.base import Ranks
+from aiockpt.storage.base import ReadFile
+from aiockpt.threads import outlast, run_blocking
+
+_logger = logging.getLogger(__name__)
+
+_Path = str | os.PathLike[str]
+
+
+class TagLoader:
+    """Loads from the tags of one root, with the parts that it is given."""
+
+    def __init__(
+        self, catalog: Catalog, loader: Loader, ranks: Ranks, planners: Executor
+    ) -> None:
+        """Owns nothing."""
+        self._catalog = catalog
+        self._loader = loader
+        self._ranks = ranks
+        self._planners = planners
+
+    def opener(self, path: _Path, tag: str | None) -> Callable[[], Opened]:
+        """What opens a file of a tag, in a worker."""
+        return functools.partial(self._open, path, tag)
+
+    def _open(self, path: _Path, tag: str | None) -> Opened:
+        file, entry = self._catalog.open_file(path, tag)
+        return file, entry.crc32
+
+    async def load(self, path: _Path, tag: str | None, options: LoadOptions) -> Any:
+        """What was saved as one file of a published tag.
+
+        Where no tag is given, all ranks must call this: they load from the same.
+        """
+        tag = await self._common_tag(path, tag)
+        return await self._loader.load(self.opener(path, tag), options)
+
+    async def load_bytes(self, path: _Path, tag: str | None) -> bytes:
+        """The bytes of one file of a published tag; as `load`."""
+        tag = await self._common_tag(path, tag)
+        return await self._loader.load_bytes(self.opener(path, tag))
+
+    async def _common_tag(self, path: object, tag: str | None) -> str | None:
+        is_given = tag is not None or str(path).startswith("/")
+        if is_given or self._ranks.world_size == 1:
+            return tag
+
+        async def decide(_words: Sequence[bytes]) -> bytes:
+            latest = await run_blocking(self._planners, self._catalog.latest)
+            return (latest or "").encode()
+
+        latest = (await self._ranks.consult("latest", b"", decide)).decode()
+        if not latest:
+            raise CheckpointNotFoundError("nothing is published in the root of rank 0")
+        return latest
+
+    async def load_latest_valid(
+        self, paths: Sequence[_Path], options: LoadOptions
+    ) -> tuple[str, list[Any]]:
+        """The newest tag from which all of `paths` load, and what they hold.
+
+        All ranks must call this: it is the newest that is sound for every one.
+
+        Raises:
+            CheckpointNotFoundError: There is no such tag, and why for each; or a key
+                of `options` names nothing.
+            InvalidArgumentError: No paths, or targets for more than one.
+            PeerError: Another rank failed or gave up.
+
+        If cancelled: reading ends soon; where some tag was looked at, the other ranks
+        are told.
+        """
+        if not paths or (options.into is not None and len(paths) > 1):
+            what = "one path, to fill targets from" if paths else "at least one path"
+            raise InvalidArgumentError(f"give {what}")
+        skipped: list[str] = []
+        for tag in await self._candidates():
+            try:
+                states, fault = await self._load_all(paths, tag, options)
+                text = await self._faults_of_all(tag, fault)
+            except BaseException as error:
+                # A `PeerError` is what all ranks were told.
+                if not isinstance(error, PeerError):
+                    told = error if isinstance(error, Exception) else _cancelled()
+                    await outlast(self._ranks.object(f"valid {tag}", told, "load"))
+                raise
+            if not text:
+                return tag, states
+            _logger.warning("tag %s is skipped: %s", tag, text)
+            skipped.append(f"{tag}: {text}")
+        text = "\n  ".join(["no tag can be loaded:", *skipped])
+        raise CheckpointNotFoundError(text)
+
+    async def _candidates(self) -> list[str]:
+        async def decide(_words: Sequence[bytes]) -> bytes:
+            tags = await run_blocking(self._planners, self._catalog.latest_first)
+            return "/".join(tags).encode()
+
+        tags = (await self._ranks.consult("candidates", b"", decide)).decode()
+        return tags.split("/") if tags else []
+
+    async def _load_all(
+        self, paths: Sequence[_Path], tag: str, options: LoadOptions
+    ) -> tuple[list[Any], CheckpointError | None]:
+        """What `paths` of a tag hold, or what is wrong with one of them."""
+        with ExitStack() as stack:
+            try:
+                opened = await run_blocking(
+                    self._planners, self._catalog.open_files, paths, tag
+                )
+            except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+                return [], error
+            for file, _ in opened:
+                stack.callback(file.close)
+            try:
+                return [
+                    await self._loader.load(_opened(*each), options) for each in opened
+                ], None
+            except CorruptCheckpointError as error:
+                return [], error
+
+    async def _faults_of_all(self, tag: str, fault: CheckpointError | None) -> str:
+        """What any rank found wrong with a tag; empty if it is sound for all."""
+
+        async def decide(words: Sequence[bytes]) -> bytes:  # noqa: ASYNC124 - as `consult` wants it
+            if len(words) == 1:
+                return words[0]
+            found = [
+                f"rank {rank}: {word.decode()}"
+                for rank, word in enumerate(words)
+                if word
+            ]
+            return "; ".join(found).encode()
+
+        word = str(fault or "").encode()
+        return (await self._ranks.consult(f"valid {tag}", word, decide)).decode()
+
+
+def _opened(file: ReadFile, entry: FileEntry) -> Callable[[], Opened]:
+    return lambda: (file, entry.crc32)
+
+
+def _cancelled() -> EngineStateError:
+    return EngineStateError("loading was cancelled")

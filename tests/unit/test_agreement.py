@@ -1,0 +1,488 @@
+"""How ranks open and publish a tag together: `aiockpt.agreement`, with `Attempt`.
+
+The ranks are members of a real hub, on one loop, in one root or in a root each.
+"""
+
+import asyncio
+import contextlib
+import errno
+import functools
+import itertools
+import threading
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aiockpt.agreement import Agreement, TagOptions, open_place
+from aiockpt.attempt import Attempt, Means
+from aiockpt.catalog import Catalog
+from aiockpt.errors import (
+    CheckpointNotFoundError,
+    EngineStateError,
+    PeerError,
+    StorageError,
+)
+from aiockpt.events import Event, Failed, Published
+from aiockpt.manifest import FileEntry
+from aiockpt.ranks.hub import Hub
+from aiockpt.ranks.single import SingleRank
+from aiockpt.saver import FileSave
+from aiockpt.storage.local import LocalStorage
+from aiockpt.tag_loader import TagLoader
+from aiockpt.testing.roots import assert_root_consistent
+from aiockpt.threads import WorkerPool, run_blocking
+from gates import LIMIT_S, cancelled_at, failing, held, turns
+from ranks.stars import outcomes, settled, star
+
+PLAIN = TagOptions()
+OVERWRITE = TagOptions(is_overwrite=True)
+
+
+class OneRank:
+    """What an engine has of a rank, without its threads' machinery."""
+
+    def __init__(self, root: Path, ranks: Any, planners: WorkerPool) -> None:
+        self.root = root
+        self.ranks = ranks
+        self.planners = planners
+        self.catalog = Catalog(LocalStorage(str(root), planners))
+        self.events: list[Event] = []
+
+    async def create(self, tag: str = "a", options: TagOptions = PLAIN) -> Attempt:
+        parts = self.ranks, self.catalog, self.planners, tag
+        agreement = Agreement(*parts, await open_place(*parts, options), options)
+        saver: Any = SimpleNamespace(ring=SimpleNamespace(peak_bytes=0))
+        means = Means(
+            saver, self.catalog, self.ranks, self.planners, self.events.append
+        )
+        return Attempt(means, tag, agreement)
+
+    async def save(self, attempt: Attempt, data: bytes = b"data") -> None:
+        """Adds a file that is durable already."""
+        save = FileSave(attempt.tag, f"dir/{self.ranks.rank}.pt", None)
+        save.entry = FileEntry(
+            path=save.path,
+            nbytes=len(data),
+            crc32=zlib.crc32(data),
+            rank=self.ranks.rank,
+        )
+        target = self.root / attempt._directory / save.path
+
+        def write() -> None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+
+        await self.blocking(write)
+        attempt.add(save, save.written.set)
+
+    async def open(self, tag: str = "a", options: TagOptions = PLAIN) -> Attempt:
+        """An attempt with a file."""
+        attempt = await self.create(tag, options)
+        await self.save(attempt)
+        return attempt
+
+    async def blocking(self, work: Callable[..., Any], *args: object) -> Any:
+        return await run_blocking(self.planners, work, *args)
+
+    async def tags(self) -> list[str]:
+        return [info.tag for info in await self.blocking(self.catalog.tags)]
+
+
+class Crew(list[OneRank]):
+    """All ranks of a job."""
+
+    async def each(self, call: Callable[[OneRank], Awaitable[Any]]) -> list[Any]:
+        """What `call` returned or raised on every rank; nobody waits for ever."""
+        async with asyncio.timeout(LIMIT_S):
+            return await outcomes([call(rank) for rank in self])
+
+    async def opened(self, **options: Any) -> list[Attempt]:
+        return await self.each(lambda rank: rank.open(**options))
+
+    async def commit(self, attempts: Sequence[Attempt]) -> list[Any]:
+        """The report or failure of every rank."""
+        async with asyncio.timeout(LIMIT_S):
+            await outcomes([attempt.commit() for attempt in attempts])
+        return [attempt.report or attempt.failure for attempt in attempts]
+
+    async def retry(self) -> None:
+        """The tag, once more: it works and is whole."""
+        reports = await self.commit(await self.opened(options=OVERWRITE))
+        assert reports[0].num_files == len(self)
+        assert all(report == reports[0] for report in reports), reports
+
+
+@contextlib.asynccontextmanager
+async def crew(
+    roots: Sequence[Path], planners: WorkerPool, timeout_s: float = LIMIT_S
+) -> AsyncIterator[Crew]:
+    async with star(len(roots), timeout_s) as job:
+        ranks = Crew(
+            OneRank(root, member, planners)
+            for root, member in zip(roots, job.members, strict=True)
+        )
+        try:
+            yield ranks
+        finally:
+            for rank in ranks:
+                await rank.blocking(rank.catalog.close_work)
+            for root in set(roots):
+                check = functools.partial(assert_root_consistent, root, is_swept=True)
+                await run_blocking(planners, check)
+
+
+def no_others(errors: Sequence[Any]) -> Any:
+    """What all raised alike."""
+    told = {(type(e), getattr(e, "rank", 0), getattr(e, "phase", 0)) for e in errors}
+    assert len(told) == 1, errors
+    return errors[0]
+
+
+@pytest.fixture
+def planners() -> Iterator[WorkerPool]:
+    pool = WorkerPool(6, "test-plan")
+    yield pool
+    pool.shutdown()
+
+
+@pytest.fixture(params=["one root", "a root each"])
+def roots(request: pytest.FixtureRequest, tmp_path: Path) -> list[Path]:
+    names = ["r"] * 3 if request.param == "one root" else ["r0", "r1", "r2"]
+    return [tmp_path / name for name in names]
+
+
+def waits_for_1(hub: Hub, topic: str) -> bool:
+    opening = hub._open.get((topic, None), [])
+    return any(each.missing() == [1] for each in opening)
+
+
+async def create_cancelled_at(at: int, ranks: Crew) -> tuple[bool, list[Any]]:
+    """Cancels rank 1's `create` at a suspension; whether it came so far, and what came
+    of all three. Where it was as if not called, it is called again.
+    """
+    hub = ranks[0].ranks._door._star.server.hub
+    others = [asyncio.create_task(rank.create()) for rank in (ranks[0], ranks[2])]
+    made: list[Attempt | BaseException] = []
+
+    async def create() -> None:
+        made.append(await ranks[1].create())
+
+    was_cancelled = await cancelled_at(at, create())
+    if not made:
+        # Rank 0 had not decided and waits for this rank; or the others are being told.
+        await settled(
+            lambda: waits_for_1(hub, "create a") or all(each.done() for each in others)
+        )
+        if waits_for_1(hub, "create a"):
+            made += await outcomes([ranks[1].create()])
+        else:
+            made.append(asyncio.CancelledError())
+    zero, two = await outcomes(others)
+    return was_cancelled, [zero, made[0], two]
+
+
+async def test_a_create_that_is_cancelled_leaves_the_tag_open_on_all_ranks_or_on_none(
+    roots, planners
+):
+    async with crew(roots, planners) as ranks:
+        num_failed = 0
+        for at in itertools.count(1):
+            async with asyncio.timeout(LIMIT_S):
+                was_cancelled, results = await create_cancelled_at(at, ranks)
+            if isinstance(results[1], Attempt):
+                for rank, attempt in zip(ranks, results, strict=True):
+                    await rank.save(attempt)
+                assert [r.num_files for r in await ranks.commit(results)] == [3] * 3
+                for rank in ranks:
+                    await rank.blocking(rank.catalog.open_work)
+                    with contextlib.suppress(CheckpointNotFoundError):
+                        await rank.blocking(rank.catalog.delete, "a")
+            else:
+                num_failed += 1
+                assert no_others([results[0], results[2]]).rank == 1
+            if not was_cancelled:
+                break
+        assert num_failed > 0
+        await ranks.retry()
+
+
+async def test_a_cancelled_commit_is_as_if_not_called_and_the_others_go_on_waiting(
+    roots, planners
+):
+    async with crew(roots, planners) as ranks:
+        for at in itertools.count(1):
+            attempts = await ranks.opened(options=OVERWRITE)
+            others = [asyncio.create_task(attempts[rank].commit()) for rank in (0, 2)]
+            was_cancelled = await cancelled_at(at, attempts[1].commit())
+            await ranks.commit(attempts[1:2])
+            await outcomes(others)
+            reports = [attempt.report for attempt in attempts]
+            assert all(report == reports[0] for report in reports)
+            assert reports[0] is not None
+            for rank in ranks:
+                await rank.blocking(rank.catalog.discard, attempts[0]._directory)
+            if not was_cancelled:
+                break
+
+
+@pytest.mark.parametrize("first", ["abort", "commit"])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+async def test_a_commit_beside_an_abort_publishes_all_or_nothing(
+    tmp_path, first, num_ranks, planners
+):
+    root = tmp_path / "runs"
+    async with contextlib.AsyncExitStack() as stack:
+        ranks = await stack.enter_async_context(crew([root] * num_ranks, planners))
+        if num_ranks == 1:
+            ranks[0].ranks = SingleRank()
+        attempts = await ranks.opened()
+        calls = [attempts[0].abort, attempts[0].commit]
+        if first == "commit":
+            calls.reverse()
+        # In one turn of the loop, in this order.
+        both = [asyncio.create_task(call()) for call in calls]
+        others = [asyncio.create_task(attempt.commit()) for attempt in attempts[1:]]
+        async with asyncio.timeout(LIMIT_S):
+            await outcomes([*both, *others])
+        is_published = attempts[0].report is not None
+        assert all((each.report is not None) == is_published for each in attempts)
+        assert not (is_published and num_ranks > 1)
+        assert await ranks[0].tags() == (["a"] if is_published else [])
+        for rank, attempt in zip(ranks, attempts, strict=True):
+            kinds = [type(event) for event in rank.events]
+            assert kinds.count(Failed) == (not is_published)
+            assert kinds.count(Published) == is_published
+            exists = rank.catalog._storage.exists
+            assert not await rank.blocking(exists, attempt._directory)
+
+
+async def test_an_abort_while_a_commit_waits_for_others_fails_both_once(
+    tmp_path, planners
+):
+    async with crew([tmp_path / "runs"] * 2, planners) as ranks:
+        attempts = await ranks.opened()
+        committing = asyncio.create_task(attempts[1].commit())
+        await settled(lambda: bool(ranks[1].ranks._consulting))
+        await attempts[1].abort()
+        await committing
+        assert (await ranks.commit(attempts[:1]))[0].phase == "abort"
+        assert [type(event) for event in ranks[1].events].count(Failed) == 1
+        await ranks.retry()
+
+
+async def test_tags_may_be_opened_and_published_in_any_order(roots, planners):
+    async with crew(roots, planners) as ranks:
+        tags = ["a", "b", "c"]
+
+        async def work(rank: OneRank) -> list[int]:
+            number = rank.ranks.rank
+            mine = tags[number:] + tags[:number]
+            attempts = await outcomes([rank.open(tag) for tag in mine])
+            await outcomes([attempt.commit() for attempt in reversed(attempts)])
+            return sorted(a.report.num_files for a in attempts)
+
+        assert await ranks.each(work) == [[3, 3, 3]] * 3
+        for rank in ranks:
+            assert sorted(await rank.tags()) == tags
+
+
+@pytest.mark.parametrize("name", ["open_work", "new_directory"])
+async def test_an_opening_that_rank_0_cannot_make_fails_on_all(
+    roots, name, monkeypatch, planners
+):
+    async with crew(roots, planners) as ranks:
+        error = StorageError(errno.ENOSPC, "no room", "x")
+        with monkeypatch.context() as patch:
+            patch.setattr(ranks[0].catalog, name, failing(error))
+            errors = await ranks.opened()
+        assert no_others(errors).rank == 0
+        await ranks.retry()
+
+
+@pytest.mark.parametrize("name", ["join", "place"])
+async def test_a_node_that_cannot_open_a_tag_fails_it_on_all(
+    tmp_path, name, monkeypatch, planners
+):
+    roots = [tmp_path / "r0", tmp_path / "r1", tmp_path / "r2"]
+    async with crew(roots, planners) as ranks:
+        with monkeypatch.context() as patch:
+            error = StorageError(errno.EROFS, "read-only", "x")
+            patch.setattr(ranks[1].catalog, name, failing(error))
+            results = await ranks.opened()
+        if name == "place":
+            # The others had opened it by then.
+            assert isinstance(results[1], StorageError)
+            failures = await ranks.commit([results[0], results[2]])
+            assert (no_others(failures).rank, failures[0].phase) == (1, "create")
+        else:
+            # Where it happened, it is the cause.
+            assert all(isinstance(each, PeerError | StorageError) for each in results)
+            assert {each.rank for each in results if isinstance(each, PeerError)} == {1}
+        assert await ranks.each(OneRank.tags) == [[]] * 3
+        assert all(not rank.ranks._consulting for rank in ranks)
+        await ranks.retry()
+
+
+async def test_nothing_of_a_failed_opening_is_remembered(
+    tmp_path, monkeypatch, planners
+):
+    roots = [tmp_path / "r0", tmp_path / "r1"]
+    async with crew(roots, planners) as ranks:
+        hub = ranks[0].ranks._door._star.server.hub
+        with monkeypatch.context() as patch:
+            error = StorageError(errno.EROFS, "read-only", "x")
+            patch.setattr(ranks[1].catalog, "join", failing(error))
+            await ranks.opened()
+        await turns(50)
+        assert hub.num_open == 0
+
+
+async def test_what_cannot_be_removed_does_not_hide_why_a_tag_was_not_opened(
+    tmp_path, monkeypatch, planners
+):
+    roots = [tmp_path / "r0", tmp_path / "r1"]
+    async with crew(roots, planners) as ranks:
+        with monkeypatch.context() as patch:
+            error = StorageError(errno.EROFS, "read-only", "x")
+            patch.setattr(ranks[1].catalog, "join", failing(error))
+            patch.setattr(ranks[0].catalog, "discard", failing(error))
+            results = await ranks.opened()
+        assert isinstance(results[0], PeerError)
+
+
+async def test_a_node_that_cannot_publish_takes_back_what_others_have_shown(
+    roots, monkeypatch, planners
+):
+    if roots[0] == roots[1]:
+        pytest.skip("one root has one publisher")
+    async with crew(roots, planners) as ranks:
+        attempts = await ranks.opened(options=TagOptions(adopts=True))
+        error = StorageError(errno.EIO, "I/O error", "x")
+        with monkeypatch.context() as patch:
+            patch.setattr(ranks[0].catalog, "publish", failing(error))
+            failures = await ranks.commit(attempts)
+        assert no_others(failures).rank == 0
+        assert await ranks.each(OneRank.tags) == [[]] * 3
+        await ranks.retry()
+
+
+async def test_what_comes_into_a_tag_that_is_taken_back_stays(
+    tmp_path, monkeypatch, planners
+):
+    roots = [tmp_path / "r0", tmp_path / "r1"]
+    directory = roots[1] / "a"
+    directory.mkdir(parents=True)
+    (directory / "early").write_bytes(b"1")
+    async with crew(roots, planners) as ranks:
+        attempts = await ranks.opened(options=TagOptions(adopts=True))
+
+        def fail_late(*_args: object, **_kwargs: object) -> None:
+            (directory / "late").write_bytes(b"2")
+            raise StorageError(errno.EIO, "I/O error", "x")
+
+        monkeypatch.setattr(ranks[0].catalog, "publish", fail_late)
+        # Rank 1 shows its part before rank 0 tries.
+        assert no_others(await ranks.commit(attempts)).rank == 0
+        assert await ranks[1].tags() == []
+    assert (directory / "early").read_bytes() == b"1"
+    assert (directory / "late").read_bytes() == b"2"
+
+
+async def test_a_rank_0_that_takes_too_long_is_asked_afterwards_what_it_did(
+    tmp_path, monkeypatch, planners
+):
+    async with crew([tmp_path / "runs"] * 2, planners, 0.2) as ranks:
+        attempts = await ranks.opened()
+        seen = threading.Event()
+        publish = ranks[0].catalog.publish
+
+        def publish_late(*args: Any, **kwargs: Any) -> Any:
+            manifest = publish(*args, **kwargs)
+            assert seen.wait(LIMIT_S)
+            return manifest
+
+        monkeypatch.setattr(ranks[0].catalog, "publish", publish_late)
+        late = asyncio.create_task(attempts[0].commit())
+        (failure,) = await ranks.commit(attempts[1:])
+        seen.set()
+        await late
+        for each in (failure, attempts[0].failure):
+            assert (each.rank, each.phase) == (0, "decide")
+            assert any("had published" in note for note in each.__notes__)
+
+
+async def test_a_place_keeps_what_it_shows_where_rank_0_took_too_long(
+    tmp_path, monkeypatch, planners
+):
+    roots = [tmp_path / "r0", tmp_path / "r1"]
+    async with crew(roots, planners, 0.2) as ranks:
+        attempts = await ranks.opened()
+        with held(monkeypatch, ranks[0].catalog, "publish"):
+            late = asyncio.create_task(attempts[0].commit())
+            await ranks.commit(attempts[1:])
+        await late
+        assert await ranks.each(OneRank.tags) == [["a"]] * 2
+
+
+@pytest.mark.parametrize("num_files", [0, 1])
+async def test_ranks_without_files_take_part(tmp_path, num_files, planners):
+    async with crew([tmp_path / "runs"] * 3, planners) as ranks:
+        attempts = await ranks.each(lambda rank: rank.create())
+        for rank, attempt in list(zip(ranks, attempts, strict=True))[:num_files]:
+            await rank.save(attempt)
+        results = await outcomes([attempt.commit() for attempt in attempts])
+        if num_files:
+            assert [attempt.report.num_files for attempt in attempts] == [1] * 3
+            return
+        assert all(isinstance(each, EngineStateError) for each in results)
+        # It stays open: with a file it can be committed.
+        await ranks[1].save(attempts[1])
+        assert (await ranks.commit(attempts))[0].num_files == 1
+
+
+async def test_a_search_for_a_sound_tag_that_is_cancelled_fails_on_all(
+    tmp_path, planners
+):
+    async with crew([tmp_path / "runs"] * 2, planners) as ranks:
+        await ranks.retry()
+
+        class NoLoader:
+            async def load(self, *_: object) -> str:
+                await asyncio.sleep(0)
+                return "state"
+
+        loaders = [
+            TagLoader(rank.catalog, NoLoader(), rank.ranks, rank.planners)
+            for rank in ranks
+        ]
+        options: Any = SimpleNamespace(into=None)
+        hub = ranks[0].ranks._door._star.server.hub
+        for at in itertools.count(1):
+            other = asyncio.create_task(
+                loaders[0].load_latest_valid(["dir/0.pt"], options)
+            )
+            was_cancelled = await cancelled_at(
+                at, loaders[1].load_latest_valid(["dir/1.pt"], options)
+            )
+            await settled(
+                lambda search=other: waits_for_1(hub, "candidates") or search.done()
+            )
+            if not other.done():
+                # It was withdrawn before any tag was looked at: as if not called.
+                await loaders[1].load_latest_valid(["dir/1.pt"], options)
+            async with asyncio.timeout(LIMIT_S):
+                (result,) = await outcomes([other])
+            assert result == ("a", ["state"]) or result.rank == 1
+            if not was_cancelled:
+                break
+            # No word of a search is left for the next one.
+            async with asyncio.timeout(LIMIT_S):
+                again = await outcomes(
+                    loader.load_latest_valid([f"dir/{rank}.pt"], options)
+                    for rank, loader in enumerate(loaders)
+                )
+            assert again == [("a", ["state"])] * 2
