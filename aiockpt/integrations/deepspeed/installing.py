@@ -1,0 +1,126 @@
+"""Making `deepspeed.initialize` use aiockpt where its configuration asks for it."""
+
+__all__ = ["install"]
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from aiockpt.config import EngineConfig
+from aiockpt.integrations.deepspeed.facade import BLOCKS, CheckpointEngine
+from aiockpt.integrations.deepspeed.lazy import LazyCheckpointEngine
+
+# Methods of a `DeepSpeedEngine` that change, move or free what it saves. Both `step`
+# and the schedule of a pipeline update parameters through the first one.
+_CHANGING = ("_take_model_step", "offload_states", "reload_states", "destroy")
+
+
+def install() -> None:
+    """From now on `deepspeed.initialize` uses aiockpt if its configuration says so.
+
+    It does where there is an `"aiockpt"` or a `"datastates_ckpt"` block that is not
+    false; all other engines stay as they are. Idempotent.
+
+    Raises:
+        ImportError: There is no DeepSpeed.
+    """
+    try:
+        module: Any = importlib.import_module("deepspeed.runtime.engine")
+        interface: Any = importlib.import_module(
+            "deepspeed.runtime.checkpoint_engine.checkpoint_engine"
+        )
+    except ImportError as error:
+        text = "this needs DeepSpeed: pip install aiockpt[deepspeed]"
+        raise ImportError(text) from error
+    if hasattr(module.create_checkpoint_engine, "__wrapped__"):
+        return
+    interface.CheckpointEngine.register(CheckpointEngine)
+    module.create_checkpoint_engine = _creating(module.create_checkpoint_engine)
+    kind = module.DeepSpeedEngine
+    kind.save_checkpoint = _saving(kind.save_checkpoint)
+    kind.load_checkpoint = _loading(kind.load_checkpoint)
+    kind.__del__ = _collecting(kind.__del__)
+    for name in _CHANGING:
+        setattr(kind, name, _changing(getattr(kind, name)))
+
+
+# One for all engines of a process with the same settings, and so one ring.
+_engines: dict[EngineConfig, LazyCheckpointEngine] = {}
+
+
+def _creating(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_checkpoint_engine(config_params: Any, *args: Any, **kwargs: Any) -> Any:
+        params = getattr(config_params, "_param_dict", {})
+        if all(params.get(block, False) is False for block in BLOCKS):
+            return original(config_params, *args, **kwargs)
+        engine = LazyCheckpointEngine(
+            {
+                name: params[name]
+                for name in BLOCKS
+                if params.get(name, False) is not False
+            }
+        )
+        return _engines.setdefault(engine.config, engine)
+
+    return create_checkpoint_engine
+
+
+def _engine_of(deepspeed_engine: Any) -> LazyCheckpointEngine | None:
+    # One that was not finished, or is being collected, may have none.
+    engine = getattr(deepspeed_engine, "checkpoint_engine", None)
+    return engine if isinstance(engine, LazyCheckpointEngine) else None
+
+
+def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = _engine_of(self)
+        if engine is None:
+            return original(self, *args, **kwargs)
+        with engine.handing_over(self.module.buffers()):
+            return original(self, *args, **kwargs)
+
+    return save_checkpoint
+
+
+def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = _engine_of(self)
+        if engine is not None:
+            # It reads `latest`, and changes what may still be being staged.
+            engine.drain()
+        return original(self, *args, **kwargs)
+
+    return load_checkpoint
+
+
+def _changing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def change(self: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = _engine_of(self)
+        if engine is not None:
+            engine.wait_staged()
+        return original(self, *args, **kwargs)
+
+    return change
+
+
+def _collecting(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def collect(self: Any) -> None:
+        engine = _engine_of(self)
+        if engine is None:
+            original(self)
+            return
+        # It destroys itself in whatever thread collects it, the machinery's own and one
+        # that is in the middle of a save among them: it must not wait there. What was
+        # handed over is committed all the same.
+        self.checkpoint_engine = None
+        if not engine.is_staging:
+            # Else that would free page-locked memory which is being copied.
+            original(self)
+
+    return collect

@@ -1,0 +1,67 @@
+"""Within the block, and only there, what is saved below a directory is handed over."""
+
+import threading
+
+import pytest
+import torch
+
+from aiockpt.integrations.handing_over import handed_over
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+
+@pytest.fixture
+def saves():
+    return []
+
+
+@pytest.fixture
+def save(saves):
+    return lambda state, path, metadata: saves.append((state, path, metadata))
+
+
+def test_saves_below_the_directory_are_handed_over(tmp_path, save, saves):
+    state = {"w": torch.ones(2)}
+
+    with handed_over(str(tmp_path), save):
+        torch.save(state, tmp_path / "sub/a.pt")
+        safetensors.save_file(state, f"{tmp_path}/b.safetensors", metadata={"k": "v"})
+
+    assert [(path, metadata) for _, path, metadata in saves] == [
+        ("sub/a.pt", None),
+        ("b.safetensors", {"k": "v"}),
+    ]
+    assert all(taken is state for taken, *_ in saves)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saves_elsewhere_are_written_as_ever(tmp_path, save, saves):
+    (tmp_path / "in").mkdir()
+
+    with handed_over(f"{tmp_path}/in", save):
+        torch.save({}, tmp_path / "in.pt")
+        with open(tmp_path / "in" / "stream.pt", "wb") as stream:
+            torch.save({}, stream)
+        torch.save({}, tmp_path / "in" / "old.pt", _use_new_zipfile_serialization=False)
+
+    assert saves == []
+    assert len(list(tmp_path.rglob("*.pt"))) == 3
+
+
+def test_saves_of_other_threads_are_written_as_ever(tmp_path, save, saves):
+    with handed_over(str(tmp_path), save):
+        other = threading.Thread(target=torch.save, args=({}, tmp_path / "a.pt"))
+        other.start()
+        other.join()
+
+    assert saves == []
+    assert (tmp_path / "a.pt").exists()
+
+
+def test_after_the_block_everything_is_as_it_was(tmp_path, save):
+    before = torch.save, safetensors.save_file
+
+    with pytest.raises(ZeroDivisionError), handed_over(str(tmp_path), save):
+        raise ZeroDivisionError
+
+    assert (torch.save, safetensors.save_file) == before
