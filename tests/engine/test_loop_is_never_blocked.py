@@ -131,7 +131,7 @@ BROKEN = {
     "checksumming": (local, "run_blocking", at_once, "aiockpt.checksums.crc32"),
     "writing": (local._LocalWriteFile, "write", write_at_once, "os.pwrite"),
     "syncing": (local._LocalWriteFile, "sync", sync_at_once, "os.ftruncate"),
-    "publishing": (agreement, "run_blocking", at_once, "os.stat"),
+    "opening": (agreement, "run_blocking", at_once, "os.lstat"),
     "looking up": (runtime, "run_blocking", at_once, "os."),
     "capturing": (runtime, "capture", looks_at_the_disk, "os.stat"),
 }
