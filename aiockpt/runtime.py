@@ -96,7 +96,7 @@ class Runtime:
             planners=machinery.planners,
             emit=machinery.emit,
         )
-        self.watcher = Watcher(storage, machinery.planners)
+        self.watcher = Watcher(storage, machinery.lookers)
         self.preemption = Preemption()
         self._tag_loader = TagLoader(
             self._catalog, machinery.loader, ranks, machinery.planners
@@ -467,7 +467,8 @@ class Runtime:
         """A lease on a published tag, to be begun."""
         if tag is not None:
             check_tag(tag)
-        return Reading(self._catalog.leases, self._catalog, tag, self._means.planners)
+        leases = self._catalog.leases
+        return Reading(leases, self._catalog, tag, self._machinery.lookers)
 
     def end_reading(self, reading: Reading) -> Call[None] | None:
         """Ends a lease; None where it has ended with the engine."""

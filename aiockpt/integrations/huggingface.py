@@ -73,10 +73,9 @@ class CheckpointMixin(_Trainer):
     one is published; directories that the stock Trainer wrote are neither counted nor
     removed, and never replaced.
 
-    On several processes the small files of all ranks travel to rank 0 by an
-    all-gather of the training group. FSDP, DeepSpeed (which has an engine of its own
-    in `aiockpt.integrations.deepspeed`) and pushes of checkpoints to the Hub are
-    refused.
+    On several processes each rank writes the files that are its own; nothing of it
+    goes over the training group. FSDP, DeepSpeed (which has an engine of its own in
+    `aiockpt.integrations.deepspeed`) and pushes of checkpoints to the Hub are refused.
 
     Attributes:
         aiockpt_config: Settings of the engine, an `EngineConfig` or a mapping; may be
