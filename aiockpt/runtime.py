@@ -256,11 +256,11 @@ class Runtime:
             create=lambda: self.create(tag, options),
             add=self._add,
             commit=lambda: self.commit(tag),
-            abort=lambda: self._abort_if_open(tag),
+            abort=lambda: self.abort_if_open(tag),
         )
 
-    async def _abort_if_open(self, tag: str) -> None:
-        # A commit that failed has closed it.
+    async def abort_if_open(self, tag: str) -> None:
+        """As `abort`; nothing happens where a commit that failed has closed the tag."""
         if tag in self._attempts:
             await self.abort(tag)
 
@@ -497,7 +497,7 @@ class Runtime:
         # Shielded: an engine is not left half closed.
         call = self._machinery.spawn(outlast(self._close()))
         self._is_closing = True
-        self.preemption.close()
+        self.preemption.end_waiting()
         return call
 
     async def _close(self) -> list[CheckpointError]:
@@ -528,6 +528,7 @@ class Runtime:
         _running.discard(self)
         if not self._is_sharing:
             self._machinery.stop()
+        self.preemption.close()
 
     async def ended(self) -> None:
         """Returns when the threads have ended, on any event loop."""
