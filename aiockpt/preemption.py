@@ -23,13 +23,14 @@ class Preemption:
 
     Attributes:
         is_signalled: Whether it has.
+        is_closed: Whether `close` was called.
     """
 
     def __init__(self) -> None:
         """Watches nothing yet."""
         self.is_signalled = False
         self._is_ending = False
-        self._is_closed = False
+        self.is_closed = False
         # A signal that came when nobody could wait for it any more.
         self._late: int | None = None
         self._pid = os.getpid()
@@ -75,7 +76,7 @@ class Preemption:
         previous = self._previous[number]
         # A forked child (a data loader's worker, say) has nothing to save: a signal is
         # to it what it was before.
-        is_ours = not self._is_closed and os.getpid() == self._pid
+        is_ours = not self.is_closed and os.getpid() == self._pid
         if is_ours:
             self.is_signalled = True
             self._wake()
@@ -123,7 +124,7 @@ class Preemption:
         Handlers that cannot be set back, which is done in the main thread only, hand
         on what comes to those before. So does this what has come since `end_waiting`.
         """
-        self._is_closed = True
+        self.is_closed = True
         if threading.current_thread() is threading.main_thread():
             for number in self._previous:
                 # Another one may have been put before it meanwhile, and call it.
@@ -134,10 +135,13 @@ class Preemption:
             signal.raise_signal(late)
 
     def _set_back(self, number: int) -> None:
+        signal.signal(number, self.handler_before(number))
+
+    def handler_before(self, number: int) -> Any:
+        """What is to handle a signal once this is closed."""
         previous = self._previous[number]
         # Engines may end in another order than they began in.
-        while isinstance(other := getattr(previous, "__self__", None), Preemption):
-            if not other._is_closed:
-                break
-            previous = other._previous[number]
-        signal.signal(number, previous)
+        other = getattr(previous, "__self__", None)
+        if isinstance(other, Preemption) and other.is_closed:
+            return other.handler_before(number)
+        return previous
