@@ -316,7 +316,13 @@ class CheckpointEngine:
         """From now on, any of `signals` sets `is_preempted` and ends `preempted`.
 
         That is all that the handlers do, besides calling those that were there before.
-        Closing the engine sets these back. Called in the main thread.
+        Closing the engine sets these back, at its end: a signal that comes while the
+        last commits are being finished does what it would have done before. Who
+        installs a handler later (as `loop.add_signal_handler` does) takes the signal
+        away from this one. Called in the main thread.
+
+        Each process is told by itself: several ranks agree on the step of the last save
+        first, by an all-reduce of `is_preempted`, say.
 
         Raises:
             EngineStateError: Called in another thread, or the handler of a signal is
@@ -564,6 +570,7 @@ class CheckpointEngine:
             EngineStateError: The engine is closed.
             CheckpointNotFoundError: There is no tag `after`; from the first step.
             StorageError: The file system refused, from any step; the next tries again.
+                Where it refused to say what is there at the call, every step raises it.
 
         If cancelled: only the waiting ends; the next step yields what this one did not.
         """

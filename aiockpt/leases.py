@@ -157,7 +157,8 @@ class Leases:
             if not name.startswith(prefix):
                 continue
             path = f"{PRIVATE_DIR}/{name}"
-            lock = self._storage.lock(path, wait=False)
+            # Shared: files of another user's readers can be opened for reading only.
+            lock = self._storage.lock(path, wait=False, shared=True)
             if lock is None:
                 living.append(name)
             else:

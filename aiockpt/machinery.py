@@ -31,6 +31,9 @@ _logger = logging.getLogger(__name__)
 
 # Planning and catalog work: one long plan must not hold up a short look-up.
 _NUM_PLANNERS = 2
+# Looking for new tags, and locks of other processes: both may wait, and nothing that a
+# save needs may wait for them.
+_NUM_LOOKERS = 2
 # Loads at once; they share the workers, so more would not be faster.
 _NUM_LOADERS = 2
 # One: chunks are then filled in the order in which they were asked for, and one
@@ -45,6 +48,7 @@ class Machinery:
         ring: Host memory for staging.
         gate: What is being staged, and who waits for it.
         planners: Threads for planning and catalog work.
+        lookers: Threads for those who follow others: their looks, locks and leases.
         workers: `parser_threads` threads that checksum and write.
         loader: Loads files with all of these.
     """
@@ -60,6 +64,7 @@ class Machinery:
         self._thread = LoopThread("aiockpt-engine", self._end)
         self.gate = StagingGate(is_holding=config.guard)
         self.planners = WorkerPool(_NUM_PLANNERS, "aiockpt-plan")
+        self.lookers = WorkerPool(_NUM_LOOKERS, "aiockpt-look")
         self._copiers = WorkerPool(_NUM_COPIERS, "aiockpt-copy")
         self.workers = WorkerPool(config.parser_threads, "aiockpt-worker")
         # Not in the background: who loads a checkpoint has nothing else to do.
@@ -141,6 +146,7 @@ class Machinery:
     def _end(self) -> None:
         pools = (
             self.planners,
+            self.lookers,
             self._copiers,
             self.workers,
             self._loaders,

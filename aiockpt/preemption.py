@@ -23,12 +23,16 @@ class Preemption:
 
     Attributes:
         is_signalled: Whether it has.
+        is_closed: Whether `close` was called.
     """
 
     def __init__(self) -> None:
         """Watches nothing yet."""
         self.is_signalled = False
-        self._is_closed = False
+        self._is_ending = False
+        self.is_closed = False
+        # A signal that came when nobody could wait for it any more.
+        self._late: int | None = None
         self._pid = os.getpid()
         # As it was before this; what `signal.signal` takes.
         self._previous: dict[int, Any] = {}
@@ -72,13 +76,15 @@ class Preemption:
         previous = self._previous[number]
         # A forked child (a data loader's worker, say) has nothing to save: a signal is
         # to it what it was before.
-        is_ours = not self._is_closed and os.getpid() == self._pid
+        is_ours = not self.is_closed and os.getpid() == self._pid
         if is_ours:
             self.is_signalled = True
             self._wake()
         if callable(previous):
             previous(number, frame)
-        elif not is_ours:
+        elif is_ours:
+            self._late = number if self._is_ending else None
+        elif signal.getsignal(number) is self._handler:
             self._set_back(number)
             signal.raise_signal(number)
 
@@ -99,24 +105,43 @@ class Preemption:
             raise EngineStateError("no signal is watched: call `preempt_on` first")
         # Set before the flag is looked at: the handler does it in the other order.
         self._loop = asyncio.get_running_loop()
-        if not (self.is_signalled or self._is_closed):
+        if not (self.is_signalled or self._is_ending):
             await self._changed.wait()
         if not self.is_signalled:
             raise EngineStateError("the engine was closed before a signal came")
 
+    def end_waiting(self) -> None:
+        """Ends all waiting. What comes from now on is kept for the end, by `close`.
+
+        So a signal does not kill while the last commits are finished.
+        """
+        self._is_ending = True
+        self._wake()
+
     def close(self) -> None:
-        """Sets the handlers back and ends all waiting. Idempotent; from any thread.
+        """Sets the handlers back, once all else has ended. Idempotent; from any thread.
 
         Handlers that cannot be set back, which is done in the main thread only, hand
-        on what comes to those before.
+        on what comes to those before. So does this what has come since `end_waiting`.
         """
-        self._is_closed = True
-        self._wake()
+        self.is_closed = True
         if threading.current_thread() is threading.main_thread():
             for number in self._previous:
                 # Another one may have been put before it meanwhile, and call it.
                 if signal.getsignal(number) is self._handler:
                     self._set_back(number)
+        late, self._late = self._late, None
+        if late is not None:
+            signal.raise_signal(late)
 
     def _set_back(self, number: int) -> None:
-        signal.signal(number, self._previous[number])
+        signal.signal(number, self.handler_before(number))
+
+    def handler_before(self, number: int) -> Any:
+        """What is to handle a signal once this is closed."""
+        previous = self._previous[number]
+        # Engines may end in another order than they began in.
+        other = getattr(previous, "__self__", None)
+        if isinstance(other, Preemption) and other.is_closed:
+            return other.handler_before(number)
+        return previous

@@ -96,7 +96,7 @@ class Runtime:
             planners=machinery.planners,
             emit=machinery.emit,
         )
-        self.watcher = Watcher(storage, machinery.planners)
+        self.watcher = Watcher(storage, machinery.lookers)
         self.preemption = Preemption()
         self._tag_loader = TagLoader(
             self._catalog, machinery.loader, ranks, machinery.planners
@@ -256,11 +256,11 @@ class Runtime:
             create=lambda: self.create(tag, options),
             add=self._add,
             commit=lambda: self.commit(tag),
-            abort=lambda: self._abort_if_open(tag),
+            abort=lambda: self.abort_if_open(tag),
         )
 
-    async def _abort_if_open(self, tag: str) -> None:
-        # A commit that failed has closed it.
+    async def abort_if_open(self, tag: str) -> None:
+        """As `abort`; nothing happens where a commit that failed has closed the tag."""
         if tag in self._attempts:
             await self.abort(tag)
 
@@ -467,7 +467,8 @@ class Runtime:
         """A lease on a published tag, to be begun."""
         if tag is not None:
             check_tag(tag)
-        return Reading(self._catalog.leases, self._catalog, tag, self._means.planners)
+        leases = self._catalog.leases
+        return Reading(leases, self._catalog, tag, self._machinery.lookers)
 
     def end_reading(self, reading: Reading) -> Call[None] | None:
         """Ends a lease; None where it has ended with the engine."""
@@ -496,7 +497,7 @@ class Runtime:
         # Shielded: an engine is not left half closed.
         call = self._machinery.spawn(outlast(self._close()))
         self._is_closing = True
-        self.preemption.close()
+        self.preemption.end_waiting()
         return call
 
     async def _close(self) -> list[CheckpointError]:
@@ -527,6 +528,7 @@ class Runtime:
         _running.discard(self)
         if not self._is_sharing:
             self._machinery.stop()
+        self.preemption.close()
 
     async def ended(self) -> None:
         """Returns when the threads have ended, on any event loop."""

@@ -9,21 +9,22 @@ __all__ = ["After", "BlockingTagWatch", "TagWatch", "Watcher"]
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Coroutine
 from concurrent.futures import Executor
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 from aiockpt.errors import (
-    CheckpointError,
     CheckpointNotFoundError,
+    CorruptCheckpointError,
     EngineStateError,
     InvalidArgumentError,
     StorageError,
 )
 from aiockpt.leases import ROOT_LOCK
 from aiockpt.loop_thread import Call
-from aiockpt.manifest import TagInfo, check_tag
-from aiockpt.storage.base import Storage
+from aiockpt.manifest import MANIFEST_PATH, TagInfo, check_tag
+from aiockpt.storage.base import Stamp, Storage
 from aiockpt.tag_reader import TagReader
 from aiockpt.threads import run_blocking
 
@@ -31,8 +32,24 @@ T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
+# The clocks of file systems are slower than this. A file that is older has a stamp that
+# no file after it can have.
+_STAMPED_NS = 2_000_000_000
+
 After = str | TagInfo
 """A published tag, or one as it was listed, which may have been deleted since."""
+
+
+class _Known(NamedTuple):
+    """A tag as it was read.
+
+    Attributes:
+        stamp: Of its manifest; None where that does not tell it from a later one.
+        published_ns: When it was published.
+    """
+
+    stamp: Stamp | None
+    published_ns: int
 
 
 class Watcher(TagReader):
@@ -45,6 +62,7 @@ class Watcher(TagReader):
         self._notices = storage.notices("", lookers)
         self._is_closed = False
         self._left_out: set[str] = set()
+        self._known: dict[str, _Known] = {}
 
     async def wait_for(self, tag: str | None, newer_than: After | None) -> TagInfo:
         """The latest tag, or that of the name `tag`, once it is newer than that.
@@ -89,7 +107,7 @@ class Watcher(TagReader):
     def _position_ns(self, after: str | None) -> int:
         if after is not None:
             return self.manifest(after).published_ns
-        return max((info.published_ns for info in self._published()), default=0)
+        return max(self._times_ns().values(), default=0)
 
     async def next_after(
         self, position_ns: int, ready: list[TagInfo]
@@ -116,22 +134,24 @@ class Watcher(TagReader):
                 return None
             for info in ready:
                 # Listed some time ago: it may have been deleted, or replaced.
-                if self._find(info.tag) == info:
+                if self._seen(info.tag) == info:
                     return info
             position_ns = ready[-1].published_ns
 
     def _published_after(self, position_ns: int) -> list[TagInfo]:
-        seen = self._published()
-        if not seen or (newest_ns := seen[-1].published_ns) <= position_ns:
+        newest_ns = max(self._times_ns().values(), default=0)
+        if newest_ns <= position_ns:
             return []
         self._settle()
         # Again: one that was published while we looked may have been seen, and one
         # before it not. By now all up to the newest that was seen can be.
-        return [
-            info
-            for info in self._published()
-            if position_ns < info.published_ns <= newest_ns
+        wanted = range(position_ns + 1, newest_ns + 1)
+        names = [
+            name for name, time_ns in self._times_ns().items() if time_ns in wanted
         ]
+        seen = [info for info in map(self._seen, names) if info is not None]
+        told = [info for info in seen if info.published_ns in wanted]
+        return sorted(told, key=lambda info: info.published_ns)
 
     def _settle(self) -> None:
         """Waits for the end of publications that have begun.
@@ -144,20 +164,48 @@ class Watcher(TagReader):
             assert lock is not None
             lock.release()
 
-    def _published(self) -> list[TagInfo]:
-        """As `tags`, but for the log, where a broken tag is told of once."""
-        found: list[TagInfo] = []
+    def _times_ns(self) -> dict[str, int]:
+        """When each tag was published.
+
+        As `tags`, but for its costs where there are many, and for the log, where a
+        broken tag is told of once.
+
+        Raises:
+            StorageError: The file system refused to show one, which must not be passed
+                over for that.
+        """
+        known = self._known
+        found: dict[str, _Known] = {}
         for name in self._storage.list_dir(""):
-            try:
-                if not name.startswith(".") and self._is_published(check_tag(name)):
-                    found.append(TagInfo.of(self.manifest(name)))
-            except (InvalidArgumentError, CheckpointNotFoundError):
-                continue
-            except CheckpointError as error:
-                if name not in self._left_out:
-                    self._left_out.add(name)
-                    _logger.warning("tag %s is left out: %s", name, error)
-        return sorted(found, key=lambda info: info.published_ns)
+            with contextlib.suppress(InvalidArgumentError):
+                path = f"{check_tag(name)}/{MANIFEST_PATH}"
+                stamp = self._storage.stamp(path)
+                if stamp is None:
+                    continue
+                if name not in known or known[name].stamp != stamp:
+                    now_ns = time.time_ns()
+                    info = self._seen(name)
+                    if info is None:
+                        continue
+                    # A younger file may be replaced by one with the same stamp.
+                    is_fresh = stamp != self._storage.stamp(path)
+                    is_fresh |= now_ns < stamp.changed_ns + _STAMPED_NS
+                    stamp = None if is_fresh else stamp
+                    found[name] = _Known(stamp, info.published_ns)
+                else:
+                    found[name] = known[name]
+        self._known = found
+        return {name: each.published_ns for name, each in found.items()}
+
+    def _seen(self, name: str) -> TagInfo | None:
+        """The tag in a directory; None where there is none, or a broken one."""
+        try:
+            return self._find(name)
+        except CorruptCheckpointError as error:
+            if name not in self._left_out:
+                self._left_out.add(name)
+                _logger.warning("tag %s is left out: %s", name, error)
+            return None
 
     async def close(self) -> None:
         """Ends all waiting: that for a certain tag by an error, the others quietly."""

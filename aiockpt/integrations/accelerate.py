@@ -65,9 +65,9 @@ class CheckpointMixin(_Accelerator):
     the interpreter exits is finished first.
 
     Hooks of `register_save_state_pre_hook` are given a temporary directory; what they
-    write there is saved. On several processes the small files of all ranks travel to
-    rank 0 by an all-gather of the training group. FSDP, DeepSpeed, Megatron-LM and XLA
-    are refused.
+    write there is saved. On several processes each rank writes the files that are its
+    own; nothing of it goes over the training group. FSDP, DeepSpeed, Megatron-LM and
+    XLA are refused.
 
     Attributes:
         aiockpt_config: Settings of the engine, an `EngineConfig` or a mapping; may be
@@ -162,8 +162,10 @@ class CheckpointMixin(_Accelerator):
         Raises:
             CheckpointError: The state under way failed.
         """
-        super().end_training()
-        self._close()
+        try:
+            super().end_training()
+        finally:
+            self._close()
 
     def _close(self) -> None:
         tags, self._tags = self._tags, None

@@ -61,8 +61,8 @@ class BackgroundTags:
         """
         self.drain()
         options = TagOptions(is_overwrite=True)
-        self._runtime.spawn(self._runtime.create(tag, options)).result()
         try:
+            self._runtime.spawn(self._runtime.create(tag, options)).result()
             with tempfile.TemporaryDirectory(prefix="aiockpt-") as directory:
                 with self._handed_over(directory, tag, list(changing)):
                     yield directory
@@ -99,7 +99,7 @@ class BackgroundTags:
 
     def _abort(self, tag: str, error: BaseException) -> None:
         try:
-            self._runtime.spawn(self._runtime.abort(tag)).result()
+            self._runtime.spawn(self._runtime.abort_if_open(tag)).result()
         except CheckpointError as lost:
             error.add_note(f"and on dropping tag {tag!r}: {lost}")
 
@@ -119,9 +119,9 @@ class BackgroundTags:
         return [info.tag for info in infos]
 
     def delete(self, tags: Iterable[str]) -> None:
-        """Removes published tags; what is gone already is left alone."""
+        """Removes published tags, but for what is gone already or is being read."""
         for tag in tags:
-            with contextlib.suppress(CheckpointNotFoundError):
+            with contextlib.suppress(CheckpointNotFoundError, EngineStateError):
                 self._runtime.spawn(self._runtime.delete(tag)).result()
 
     def close(self) -> None:

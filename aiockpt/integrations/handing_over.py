@@ -34,8 +34,11 @@ _SAVES = (
     ("accelerate.utils.other", "safe_save_file"),
     ("peft.peft_model", "safe_save_file"),
 )
-# The functions are the process's: one at a time puts others in their place.
-_replacing = threading.Lock()
+# The state, and where it goes.
+_NUM_ARGUMENTS = 2
+# The functions are the process's: one thread at a time puts others in their place. It
+# may do so again within (a trainer's save that calls an accelerator's).
+_replacing = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -57,12 +60,12 @@ def _instead(
 ) -> Callable[..., Any]:
     owner = threading.get_ident()
 
-    def hand_over(state: Any, path: Any, *args: Any, **options: Any) -> Any:
-        relative = _relative(path, directory)
-        is_known = not args and not options.keys() - {"metadata"}
-        if threading.get_ident() != owner or relative is None or not is_known:
-            return original(state, path, *args, **options)
-        return save(state, relative, options.get("metadata"))
+    def hand_over(*args: Any, **options: Any) -> Any:
+        is_known = len(args) == _NUM_ARGUMENTS and not options.keys() - {"metadata"}
+        relative = _relative(args[1], directory) if is_known else None
+        if threading.get_ident() != owner or relative is None:
+            return original(*args, **options)
+        return save(args[0], relative, options.get("metadata"))
 
     return hand_over
 

@@ -70,13 +70,13 @@ class CheckpointMixin(_Trainer):
     A directory `checkpoint-N` appears when it is complete and on stable storage, never
     before. The next checkpoint waits for the one before it, and raises what failed; so
     does the end of `train`. With `save_total_limit`, old checkpoints go once a newer
-    one is published; directories that the stock Trainer wrote are neither counted nor
-    removed, and never replaced.
+    one is published, but for those that are being read (`CheckpointEngine.reading`);
+    directories that the stock Trainer wrote are neither counted nor removed, and never
+    replaced.
 
-    On several processes the small files of all ranks travel to rank 0 by an
-    all-gather of the training group. FSDP, DeepSpeed (which has an engine of its own
-    in `aiockpt.integrations.deepspeed`) and pushes of checkpoints to the Hub are
-    refused.
+    On several processes each rank writes the files that are its own; nothing of it
+    goes over the training group. FSDP, DeepSpeed (which has an engine of its own in
+    `aiockpt.integrations.deepspeed`) and pushes of checkpoints to the Hub are refused.
 
     Attributes:
         aiockpt_config: Settings of the engine, an `EngineConfig` or a mapping; may be
@@ -180,12 +180,16 @@ class CheckpointMixin(_Trainer):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         # It loads the best checkpoint, removes some, and ends the training.
         self.drain_checkpoints()
-        best = self.state.best_model_checkpoint
-        is_limited = self.args.should_save and self.args.save_total_limit == 1
-        if best and is_limited and self._tags:
+        best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+        if best and limit == 1 and self.args.should_save and self._tags:
             others = [tag for tag in self._tags.tags() if tag != Path(best).name]
             self._tags.delete(tag for tag in others if tag.startswith("checkpoint-"))
-        return super()._finalize_training(*args, **kwargs)
+        # What is left is being read, or none of ours: it would go file by file.
+        self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _tags_of(self, root: Path) -> BackgroundTags:
         if self._tags is None or self._tags.root != root:

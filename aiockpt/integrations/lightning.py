@@ -80,8 +80,10 @@ class AiockptCheckpointIO:
             raise InvalidArgumentError("storage_options are not supported")
         self._raise_failure()
         machinery = self._started()
-        storage = machinery.storage(f"{target.parent}")
-        machinery.spawn(_blocking(machinery, storage.make_dirs, "")).result()
+        if not target.parent.is_dir():
+            # At once: Lightning makes links in it. Its entry is made durable, too.
+            storage = machinery.storage(f"{target.parent}")
+            machinery.spawn(_blocking(machinery, storage.make_dirs, "")).result()
         file = SingleFiles(machinery).save(with_copies(checkpoint), target)
         self._then(file.publish)
 

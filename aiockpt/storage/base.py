@@ -5,13 +5,28 @@ not coroutines block: call them in a worker. Every failure of the place itself i
 a `StorageError` with the errno and the path.
 """
 
-__all__ = ["Lock", "Notices", "ReadFile", "Storage", "WriteFile"]
+__all__ = ["Lock", "Notices", "ReadFile", "Stamp", "Storage", "WriteFile"]
 
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 T = TypeVar("T")
+
+
+class Stamp(NamedTuple):
+    """Tells a file from others that stand, or stood, at the same path.
+
+    Only a file that was changed within the same tick of the file system's clock can
+    have the same one: wait for a tick before you rely on it.
+
+    Attributes:
+        identity: The file's number in its file system, and its length.
+        changed_ns: When it was changed, by the file system's clock, since 1970.
+    """
+
+    identity: tuple[int, ...]
+    changed_ns: int
 
 
 class ReadFile(Protocol):
@@ -224,6 +239,10 @@ class Storage(Protocol):
 
     def exists(self, path: str) -> bool:
         """Whether anything stands at `path`."""
+        ...
+
+    def stamp(self, path: str) -> Stamp | None:
+        """What tells the file at `path` from others; None where nothing stands there."""
         ...
 
     def sync_dir(self, path: str) -> None:

@@ -19,6 +19,7 @@ import aiofiles
 from aiofiles.threadpool.binary import AsyncFileIO
 
 from aiockpt.errors import CheckpointNotFoundError, StorageError
+from aiockpt.storage.base import Stamp
 from aiockpt.storage.local_read import LocalReadFile
 from aiockpt.storage.notices import LocalNotices
 from aiockpt.threads import outlast, run_blocking
@@ -187,6 +188,17 @@ class LocalStorage:
     def exists(self, path: str) -> bool:
         """See `Storage.exists`."""
         return os.path.lexists(self._full(path))
+
+    def stamp(self, path: str) -> Stamp | None:
+        """See `Storage.stamp`."""
+        full = self._full(path)
+        with _errors_name(full):
+            try:
+                status = os.lstat(full)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        identity = status.st_dev, status.st_ino, status.st_size
+        return Stamp(identity, status.st_ctime_ns)
 
     def sync_dir(self, path: str) -> None:
         """See `Storage.sync_dir`."""

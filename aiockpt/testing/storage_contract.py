@@ -452,6 +452,31 @@ class StorageContract:
 
         assert not storage.exists("d")
 
+    # --- stamps -------------------------------------------------------------------
+
+    def test_a_file_keeps_its_stamp_when_its_directory_moves(
+        self, storage: Storage
+    ) -> None:
+        storage.make_dirs("d")
+        storage.write_durable("d/f", b"abc")
+        stamp = storage.stamp("d/f")
+        assert stamp is not None
+        assert storage.stamp("d/f") == stamp
+        storage.rename_dir("d", "e")
+        assert storage.stamp("e/f") == stamp
+        for missing in ("d/f", "e/g", "e/f/g"):
+            assert storage.stamp(missing) is None
+
+    def test_a_file_in_the_place_of_another_has_its_own_stamp(
+        self, storage: Storage
+    ) -> None:
+        storage.write_durable("f", b"abc")
+        stamp = storage.stamp("f")
+        storage.write_durable("g", b"abc")
+        assert storage.stamp("g") != stamp
+        storage.replace("g", "f")
+        assert storage.stamp("f") != stamp
+
     # --- locks --------------------------------------------------------------------
 
     def test_a_lock_is_held_by_one_until_it_is_released(self, storage: Storage) -> None:

@@ -142,6 +142,47 @@ def test_two_engines_are_both_told(root, before):
     assert before == [signal.SIGUSR1]
 
 
+def test_engines_that_end_in_the_order_in_which_they_began_leave_no_handler(
+    root, before
+):
+    previous = signal.getsignal(signal.SIGUSR1)
+    engines = [BlockingEngine(root) for _ in range(3)]
+    for engine in engines:
+        engine.preempt_on(signal.SIGUSR1)
+    for engine in engines:
+        engine.close()
+    assert signal.getsignal(signal.SIGUSR1) is previous
+
+
+@pytest.mark.parametrize("is_main", [True, False], ids=["main thread", "other thread"])
+def test_a_signal_during_the_close_kills_when_all_has_ended(root, monkeypatch, is_main):
+    raised: list[int] = []
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    engine = BlockingEngine(root, RING_8_MIB)
+    engine.preempt_on(signal.SIGUSR1)
+    engine.create("a")
+    engine.save(OLD, "model.pt")
+    with held(monkeypatch, Catalog, "close_work") as gate:
+        closing = in_thread(engine.close) if not is_main else None
+        thread = in_thread(lambda: (gate.wait_reached(), os.kill(os.getpid(), 10)))
+        thread.add_done_callback(lambda _: gate.open())
+        with contextlib.suppress(EngineStateError):  # the tag was not committed
+            engine.close() if closing is None else closing.result()
+    assert raised == [signal.SIGUSR1]
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def test_a_closed_engine_does_not_kill_for_a_handler_that_came_later(root):
+    engine = BlockingEngine(root)
+    engine.preempt_on(signal.SIGUSR1)
+    ours, later = signal.getsignal(signal.SIGUSR1), []
+    signal.signal(signal.SIGUSR1, lambda *came: (ours(*came), later.append(came[0])))
+    engine.close()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert later == [signal.SIGUSR1]
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     "end",
     [

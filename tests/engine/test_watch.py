@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -13,10 +14,17 @@ import pytest
 import torch
 
 import aiockpt.sync
-from aiockpt import CheckpointEngine, CheckpointNotFoundError, EngineStateError, TagInfo
+from aiockpt import (
+    CheckpointEngine,
+    CheckpointNotFoundError,
+    EngineStateError,
+    TagInfo,
+    watching,
+)
 from aiockpt.errors import InvalidArgumentError, StorageError
 from aiockpt.runtime import Runtime
 from aiockpt.storage import notices
+from aiockpt.storage.base import Stamp
 from aiockpt.storage.local import LocalStorage
 from aiockpt.watching import Watcher
 from catalogs import catalog_at, make_tags, prepare, publish
@@ -281,6 +289,59 @@ async def test_an_error_ends_one_step_and_not_the_watch(root, engine, monkeypatc
     assert await first(watch, 1) == ["b"]
 
 
+async def test_a_tag_that_cannot_be_read_for_a_moment_is_not_passed_over(root, engine):
+    await make_elsewhere(root, "a", "b", "c")
+    watch = engine.watch("a")
+    await watch._start.ended()
+    failing = [True]
+
+    def fault(moment: Moment) -> None:
+        is_read = moment.name == "open" and moment.path.endswith("manifest.json")
+        if is_read and "/b/" in moment.path and failing:
+            failing.clear()
+            raise OSError(errno.EMFILE, "injected")
+
+    with tapped(fault):
+        with pytest.raises(StorageError, match="injected"):
+            await anext(watch)
+        assert await first(watch, 2) == ["b", "c"]
+
+
+async def test_a_look_reads_what_it_has_not_read_before(root, engine, monkeypatch):
+    monkeypatch.setattr(watching, "_STAMPED_NS", -(1 << 62))
+    await make_elsewhere(root, "a", "b", "c")
+    watch = engine.watch()
+    await watch._start.ended()
+    with tapped() as tap:
+        await save(engine, "d")
+        assert await first(watch, 1) == ["d"]
+        await save(engine, "b", overwrite=True)
+        assert await first(watch, 1) == ["b"]
+        assert await first(engine.watch("d"), 1) == ["b"]
+    opened = {call.path for call in tap.calls if call.name == "open"}
+    assert f"{root}/b/.aiockpt/manifest.json" in opened
+    assert f"{root}/a/.aiockpt/manifest.json" not in opened
+
+
+async def test_a_tag_that_is_too_young_to_be_told_from_the_next_is_read_again(
+    root, engine, monkeypatch
+):
+    # A file system that gives every file the same number, and whose clock stands.
+    stamp = LocalStorage.stamp
+    now_ns = time.time_ns()
+
+    def alike(storage: LocalStorage, path: str) -> Stamp | None:
+        return stamp(storage, path) and Stamp((1,), now_ns)
+
+    monkeypatch.setattr(LocalStorage, "stamp", alike)
+    monkeypatch.setattr(watching, "_STAMPED_NS", 1 << 62)
+    watch = engine.watch()
+    await save(engine, "a")
+    assert await first(watch, 1) == ["a"]
+    await save(engine, "a", overwrite=True)
+    assert await first(watch, 1) == ["a"]
+
+
 # --- waiting for one --------------------------------------------------------------
 
 
@@ -411,7 +472,7 @@ async def test_a_look_that_is_under_way_is_waited_for_by_the_close(root, monkeyp
     engine = CheckpointEngine(root, RING_8_MIB)
     watch = engine.watch()
     await watch._start.ended()
-    with held(monkeypatch, Watcher, "_published") as looking:
+    with held(monkeypatch, Watcher, "_times_ns") as looking:
         async with asyncio.TaskGroup() as group:
             step = group.create_task(anext(watch, None))
             await looking.reached()

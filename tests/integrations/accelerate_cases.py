@@ -100,7 +100,17 @@ def resume(out: str, *, safe: bool) -> Any:
 
 def held(out: str) -> Any:
     """Training goes on, and nothing is seen, while a state is on its way."""
-    training, hold = Training(Ours), Hold()
+    scratch: list[str] = []
+
+    class Peeking(Accelerator):
+        def save_state(self, output_dir: str, *args: Any, **kwargs: Any) -> None:
+            super().save_state(output_dir, *args, **kwargs)
+            scratch.extend(names(output_dir))
+
+    class Watched(CheckpointMixin, Peeking):
+        aiockpt_config = Ours.aiockpt_config
+
+    training, hold = Training(Watched), Hold()
     with inject(Fault("rename", hold, path="/1")):
         training.accelerator.save_state(f"{out}/first")
         training.steps(2)
@@ -110,7 +120,7 @@ def held(out: str) -> Any:
         training.accelerator.drain_checkpoints()
     after = names(out)
     training.accelerator.end_training()
-    return {"before": before, "after": after}
+    return {"before": before, "after": after, "scratch": scratch}
 
 
 def forward_meanwhile(out: str) -> Any:
@@ -200,6 +210,27 @@ def refused(out: str) -> Any:
     return {"errors": errors, "names": names(out)}
 
 
+def two_processes(out: str) -> Any:
+    """One of two processes that train together."""
+    ours = Training(Ours)
+    ours.steps(3)
+    ours.accelerator.save_state(f"{out}/ours")
+    losses = ours.steps(3)
+    ours.accelerator.drain_checkpoints()
+    stock = Training(Accelerator)
+    stock.accelerator.load_state(f"{out}/ours")
+    resumed = stock.steps(3)
+    stock.accelerator.save_state(f"{out}/stock")
+    # Which ends the process group: a state is on its way without it.
+    ours.accelerator.save_state(f"{out}/last")
+    ours.accelerator.end_training()
+    if not ours.accelerator.is_main_process:
+        assert losses == resumed
+        raise SystemExit(0)
+    files = [names(f"{out}/{state}") for state in ("ours", "last", "stock")]
+    return {"losses": losses, "resumed": resumed, "files": files}
+
+
 CASES = {
     case.__name__: case
     for case in (
@@ -211,6 +242,7 @@ CASES = {
         failed,
         at_exit,
         refused,
+        two_processes,
     )
 }
 

@@ -33,16 +33,22 @@ def environment() -> dict[str, str]:
 
 def run(*command: str) -> list[Any]:
     """What a program tells on lines that begin with `told `; it must end well."""
-    ran = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, *command],
         env=environment(),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    lines = ran.stdout.splitlines()
+    ) as ran:
+        try:
+            stdout, stderr = ran.communicate(timeout=LIMIT_S)
+        except BaseException:
+            # Not killed: a launcher then ends the processes that it has started.
+            ran.terminate()
+            ran.communicate()
+            raise
+    assert ran.returncode == 0, stderr
+    lines = stdout.splitlines()
     return [json.loads(line[5:]) for line in lines if line.startswith("told ")]
 
 

@@ -36,7 +36,10 @@ def test_a_state_is_that_of_stock_accelerate(cases, tmp_path, safe, weights):
 def test_a_state_is_not_seen_before_it_is_whole(cases, tmp_path):
     facts = cases.ask("held", out=str(tmp_path))
 
-    assert facts == {"before": [], "after": ["first"]}
+    assert facts["before"] == []
+    assert facts["after"] == ["first"]
+    # No tensor has gone through a file of accelerate's.
+    assert facts["scratch"] == []
 
 
 def test_what_a_forward_pass_changes_is_saved_as_it_was(cases, tmp_path):
@@ -63,6 +66,19 @@ def test_a_failure_is_raised_by_the_next_call_and_costs_no_other_state(cases, tm
     assert failure[0] == "StorageError"
     assert "random_states" in failure[1]
     assert facts["names"] in (["good", "last"], ["good", "last", "next"])
+
+
+@pytest.mark.dist
+def test_two_processes_publish_one_state_with_the_files_of_both(tmp_path):
+    [facts] = run(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(PROGRAM, "two_processes", json.dumps({"out": str(tmp_path)})),
+    )
+
+    assert facts["resumed"] == facts["losses"]
+    ours, last, stock = facts["files"]
+    assert ours == last == stock
+    assert "random_states_1.pkl" in ours
 
 
 def test_a_state_that_nobody_waits_for_is_finished_before_the_process_ends(tmp_path):

@@ -43,9 +43,26 @@ def test_saves_elsewhere_are_written_as_ever(tmp_path, save, saves):
         with open(tmp_path / "in" / "stream.pt", "wb") as stream:
             torch.save({}, stream)
         torch.save({}, tmp_path / "in" / "old.pt", _use_new_zipfile_serialization=False)
+        torch.save({}, f=tmp_path / "in" / "named.pt")
+        torch.save(obj={}, f=tmp_path / "in" / "both.pt")
+        safetensors.save_file({}, filename=f"{tmp_path}/in/named.safetensors")
 
     assert saves == []
-    assert len(list(tmp_path.rglob("*.pt"))) == 3
+    assert len(list(tmp_path.rglob("*.pt"))) == 5
+    assert (tmp_path / "in/named.safetensors").exists()
+
+
+def test_a_block_within_a_block_takes_what_is_its_own(tmp_path, save, saves):
+    inner: list[object] = []
+
+    with handed_over(f"{tmp_path}/out", save):
+        with handed_over(f"{tmp_path}/in", lambda *taken: inner.append(taken)):
+            torch.save(1, tmp_path / "in/a.pt")
+            torch.save(2, tmp_path / "out/b.pt")
+        torch.save(3, tmp_path / "out/c.pt")
+
+    assert inner == [(1, "a.pt", None)]
+    assert saves == [(2, "b.pt", None), (3, "c.pt", None)]
 
 
 def test_saves_of_other_threads_are_written_as_ever(tmp_path, save, saves):

@@ -76,6 +76,13 @@ def test_a_published_checkpoint_is_never_removed_file_by_file(cases, tmp_path):
     assert facts == {"names": ["checkpoint-2"], "removed": 0}
 
 
+def test_what_is_being_read_and_what_others_made_stays_at_the_end(cases, tmp_path):
+    facts = cases.ask("spared", out=str(tmp_path))
+
+    assert facts["names"] == ["checkpoint-100", "checkpoint-2", "checkpoint-4"]
+    assert facts["limit"] == 1
+
+
 def test_what_the_trainer_cannot_save_is_not_published_in_part(cases, tmp_path):
     facts = cases.ask("unsaved_part", out=str(tmp_path))
 

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from aiockpt.errors import CheckpointError
 from aiockpt.integrations.huggingface import CheckpointMixin
+from aiockpt.sync import CheckpointEngine
 from aiockpt.testing.faults import Fail, Fault, inject
 from integrations.processes import Hold, names, run_case
 
@@ -180,6 +182,24 @@ def removed_by(out: str) -> Any:
     return {"names": names(out), "removed": len(shutil.rmtree.mock_calls)}
 
 
+def spared(out: str) -> Any:
+    """What somebody reads, and what others made, when the Trainer ends."""
+    foreign = Path(out, "checkpoint-100")
+    foreign.mkdir(parents=True)
+    (foreign / "mine.txt").touch()
+    with CheckpointEngine(out, Ours.aiockpt_config) as reader, ExitStack() as leases:
+
+        class Read(Ours):
+            def drain_checkpoints(self) -> None:
+                super().drain_checkpoints()
+                leases.enter_context(reader.reading("checkpoint-4"))
+
+        usual = {"eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1}
+        usual |= {"metric_for_best_model": "loss", "learning_rate": 30.0}
+        training = train(Read, out, max_steps=4, **usual)
+    return {"names": names(out), "limit": training.args.save_total_limit}
+
+
 def unsaved_part(out: str) -> Any:
     """The Trainer itself cannot save something; later it can."""
 
@@ -304,7 +324,8 @@ def two_processes(out: str) -> Any:
 CASES = {
     case.__name__: case
     for case in (
-        resume, held, rotated, removed_by, unsaved_part, resumed_limit, failed, killed, resume_last, wrong_step,
+        resume, held, rotated, removed_by, spared, unsaved_part, resumed_limit, failed,
+        killed, resume_last, wrong_step,
         just_in_time, refused, two_processes,
     )
 }  # fmt: skip

@@ -1,7 +1,9 @@
 """A lease keeps a tag from being deleted, and ends with whoever holds it."""
 
+import errno
 import fcntl
 import logging
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -118,6 +120,26 @@ def test_what_a_dead_reader_left_holds_nothing_and_goes_with_the_tag(root):
         catalog.open_work()
         catalog.delete("a")
         assert lease_files(root) == []
+
+
+def test_leases_of_another_users_readers_hold_and_end_like_any_other(root):
+    make_tags(root, "a")
+
+    def fault(moment: Moment) -> None:
+        # Files of others can be read, and be removed from a directory that is shared.
+        is_open = moment.name in ("open", "create") and "/reading." in moment.path
+        if is_open and moment.args[0] & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(errno.EACCES, "of another user")
+
+    with catalog_at(root) as catalog, catalog_at(root) as reader:
+        lease = take(reader)
+        catalog.open_work()
+        with tapped(fault):
+            with pytest.raises(EngineStateError, match="1 reader"):
+                catalog.delete("a")
+            lease.lock.release()
+            catalog.delete("a")
+    assert leftovers(root) == []
 
 
 def test_a_sweep_removes_what_dead_readers_left_and_no_more(root):
