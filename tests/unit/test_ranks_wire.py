@@ -202,14 +202,16 @@ async def test_a_forked_child_does_not_disturb_its_parent():
 
 
 def in_fork() -> tuple[int, int]:
-    """A child that lives until the descriptor is closed."""
+    """A child that lives until the descriptor is closed; `os.fork` has returned in it."""
     wait, release = os.pipe()
+    told, tell = os.pipe()
     forked = []
 
     def fork() -> None:  # elsewhere than on the loop's thread, as a data loader might
         pid = os.fork()
         if pid == 0:
             os.close(release)
+            os.write(tell, b"x")
             os.read(wait, 1)
             os._exit(0)
         forked.append(pid)
@@ -218,6 +220,10 @@ def in_fork() -> tuple[int, int]:
     thread.start()
     thread.join()
     os.close(wait)
+    os.close(tell)
+    # Until it has let go it holds the sockets: what is asserted comes after that.
+    assert os.read(told, 1) == b"x"
+    os.close(told)
     return forked[0], release
 
 
