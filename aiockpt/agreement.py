@@ -121,7 +121,7 @@ async def open_place(
         hosts = await _join(ranks, catalog, planners, place)
         if not hosts:
             return place
-        number = await finish(_own_place(ranks, catalog, planners, tag, place))
+        number = await finish(_own_place(ranks, catalog, planners, place))
     except BaseException:
         await outlast(_discard(catalog, planners, place))
         raise
@@ -162,18 +162,21 @@ async def _join(
 
 
 async def _own_place(
-    ranks: Ranks, catalog: Catalog, planners: Executor, tag: str, place: Place
+    ranks: Ranks, catalog: Catalog, planners: Executor, place: Place
 ) -> int:
+    """The rank that publishes in this root; known on all ranks, or nowhere open."""
+    topic = f"place {place.name}"
+
+    async def decide(_words: Sequence[bytes]) -> bytes:  # noqa: ASYNC124 - as `consult` wants it
+        return b""
+
     try:
-        return await run_blocking(planners, catalog.place, place.directory)
+        number = await run_blocking(planners, catalog.place, place.directory)
     except Exception as error:
-        # The tag is open on the others by now.
-        await ranks.object(_topic("commit", tag, place), error, "create")  # noqa: ASYNC120 - a cancellation tells more
+        await ranks.object(topic, error, "create")  # noqa: ASYNC120 - a cancellation tells more
         raise
-
-
-def _topic(step: str, tag: str, place: Place) -> str:
-    return f"{step} {tag} ({place.name})"
+    await ranks.consult(topic, b"", decide)
+    return number
 
 
 _Decide = Callable[[Sequence[bytes]], Awaitable[_Verdict]]
@@ -268,7 +271,7 @@ class Agreement:
                 error.add_note(f"rank 0 had published tag {self._tag!r} before that")
 
     def _topic(self, step: str) -> str:
-        return _topic(step, self._tag, self.place)
+        return f"{step} {self._tag} ({self.place.name})"
 
     async def _consult(self, step: str, word: bytes, decide: _Decide) -> _Verdict:
         async def encoded(words: Sequence[bytes]) -> bytes:

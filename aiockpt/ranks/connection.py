@@ -12,7 +12,6 @@ from typing import Generic, TypeVar, cast
 import msgspec
 from typing_extensions import override
 
-from aiockpt.ranks.forks import keep_from_children, let_go
 from aiockpt.ranks.messages import MAX_GREETING_BYTES, FromHub, FromMember, framed
 
 M = TypeVar("M", bound=FromMember | FromHub)
@@ -52,7 +51,6 @@ class Connection(asyncio.Protocol, ABC, Generic[M]):
         self._decoder = decoder
         self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
-        self._fd = -1
 
     @abstractmethod
     def received(self, message: M) -> None:
@@ -79,10 +77,9 @@ class Connection(asyncio.Protocol, ABC, Generic[M]):
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Tunes the socket, and keeps it from forked children."""
+        """Tunes the socket."""
         self._transport = cast("asyncio.Transport", transport)
         sock = transport.get_extra_info("socket")
-        self._fd = keep_from_children(sock)
         for level, name, value in _SOCKET_OPTIONS:
             if hasattr(socket, name):
                 sock.setsockopt(getattr(socket, level), getattr(socket, name), value)
@@ -90,7 +87,6 @@ class Connection(asyncio.Protocol, ABC, Generic[M]):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         """Notes the end."""
-        let_go(self._fd)
         self._buffer.clear()
         if not self.ended.done():
             self.ended.set_result(None)

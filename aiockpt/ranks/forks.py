@@ -3,28 +3,25 @@
 A connection ends, for the other side, when the last process that holds its socket is
 gone: the workers of a data loader would keep a killed rank alive. So a child that
 `os.fork` makes lets go of these sockets at once. (One that is made in other ways, by
-foreign code that forks without exec, keeps them as long as it lives.)
+foreign code that forks without exec, keeps them as long as it lives. So does one that
+hangs before Python calls its hooks: torch's thread-locals, a gloo group among them, are
+destroyed there with the thread that had them, where another thread has forked.)
 """
 
-__all__ = ["keep_from_children", "let_go"]
+__all__ = ["keep_from_children"]
 
 import contextlib
 import os
 import socket
+import weakref
 
-_fds: set[int] = set()
-
-
-def keep_from_children(sock: socket.socket) -> int:
-    """Returns the descriptor, which no child forked from here on has open."""
-    fd = sock.fileno()
-    _fds.add(fd)
-    return fd
+# Objects and not descriptors: the number of one that was closed is another file's soon.
+_sockets: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()
 
 
-def let_go(fd: int) -> None:
-    """Forgets a descriptor that is about to be closed."""
-    _fds.discard(fd)
+def keep_from_children(sock: socket.socket) -> None:
+    """No child that is forked from here on has the socket open."""
+    _sockets.add(sock)
 
 
 def _release() -> None:
@@ -35,9 +32,10 @@ def _release() -> None:
     """
     with contextlib.suppress(OSError):  # a child out of descriptors keeps them
         with socket.socket() as empty:
-            for fd in _fds:
-                os.dup2(empty.fileno(), fd, inheritable=False)
-    _fds.clear()
+            for fd in [sock.fileno() for sock in _sockets]:
+                if fd >= 0:
+                    os.dup2(empty.fileno(), fd, inheritable=False)
+    _sockets.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from aiockpt.ranks.connection import Connection, ProtocolError
 from aiockpt.ranks.failures import lost
+from aiockpt.ranks.forks import keep_from_children
 from aiockpt.ranks.hub import Hub
 from aiockpt.ranks.member import Link, Member
 from aiockpt.ranks.messages import (
@@ -140,6 +141,7 @@ async def dial(
     loop = asyncio.get_running_loop()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
+    keep_from_children(sock)
     try:
         sock.settimeout(0)
         await loop.sock_connect(sock, (host, port))

@@ -9,12 +9,13 @@ import logging
 import resource
 import socket
 from functools import partial
+from typing import Any
 
 import msgspec
 from typing_extensions import override
 
 from aiockpt.ranks.connection import Connection, ProtocolError
-from aiockpt.ranks.forks import keep_from_children, let_go
+from aiockpt.ranks.forks import keep_from_children
 from aiockpt.ranks.hub import Hub
 from aiockpt.ranks.messages import (
     MAX_WORD_BYTES,
@@ -58,7 +59,6 @@ class HubServer:
         self.world_size = world_size
         self._guests: set[_Guest] = set()
         self._server: asyncio.Server | None = None
-        self._fd = -1
 
     async def start(self) -> None:
         """Listens.
@@ -75,7 +75,6 @@ class HubServer:
         self._server = await asyncio.get_running_loop().create_server(
             partial(_Guest, self), sock=sock, backlog=backlog, start_serving=False
         )
-        self._fd = keep_from_children(sock)
         self.port = sock.getsockname()[1]
         try:
             await self._server.start_serving()
@@ -109,7 +108,6 @@ class HubServer:
 
     def _stop_listening(self) -> None:
         if self._server is not None:
-            let_go(self._fd)
             self._server.close()
             self._server = None
 
@@ -180,14 +178,30 @@ class _Guest(Connection[FromMember]):
             self.abort()
 
 
+class _Listener(socket.socket):
+    """Keeps itself, and what it accepts, from children that are forked."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock.family, sock.type, sock.proto, fileno=sock.detach())
+        keep_from_children(self)
+
+    @override
+    def accept(self) -> tuple[socket.socket, Any]:
+        sock, place = super().accept()
+        keep_from_children(sock)
+        return sock, place
+
+
 def _listening_socket() -> socket.socket:
     """IPv6 and IPv4 on one port, or IPv4 where the system knows no other."""
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):
-            return socket.create_server(
-                ("", 0), family=socket.AF_INET6, dualstack_ipv6=True
+            return _Listener(
+                socket.create_server(
+                    ("", 0), family=socket.AF_INET6, dualstack_ipv6=True
+                )
             )
-    return socket.create_server(("", 0))
+    return _Listener(socket.create_server(("", 0)))
 
 
 def _make_room(num_fds: int) -> None:

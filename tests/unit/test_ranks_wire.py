@@ -1,11 +1,13 @@
 """The hub's door: strangers, malformed frames, forks, descriptors."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import resource
 import socket
-import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import msgspec
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiockpt.errors import PeerError
+from aiockpt.ranks.forks import keep_from_children
 from aiockpt.ranks.hub import Hub
 from aiockpt.ranks.link import HubConnection, dial
 from aiockpt.ranks.messages import (
@@ -26,6 +29,7 @@ from aiockpt.ranks.messages import (
     framed,
 )
 from aiockpt.ranks.server import HubServer
+from gates import turns
 from ranks.stars import TOKEN, consult_all, never, settled, star
 
 HELLO = Hello(TOKEN, 1, 3)
@@ -181,49 +185,80 @@ async def test_a_silent_machine_is_noticed_and_small_frames_are_not_held_back():
 async def test_a_forked_child_keeps_no_rank_alive():
     async with star(2) as job:
         await job.all_connected()
-        child, release = in_fork()
-        try:
+        with forked():
             job.kill(1)
             with pytest.raises(PeerError, match="rank 1 was lost"):
                 await job.members[0].consult("t", b"", never)
             await job.members[0].close()
             with pytest.raises(ConnectionRefusedError):
                 await asyncio.open_connection("127.0.0.1", job.server.port)
-        finally:
-            end_fork(child, release)
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+async def test_a_child_forked_during_the_greeting_keeps_no_rank_alive(at):
+    async with star(2) as job:
+        make = partial(HubConnection, Hello(TOKEN, 1, 2), job.members[1])
+        dialling = asyncio.ensure_future(dial("127.0.0.1", job.server.port, make))
+        # At first neither end has a transport.
+        await turns(at)
+        with forked():
+            (await dialling).abort()
+            with pytest.raises(PeerError, match="rank 1 was lost"):
+                await job.members[0].consult("t", b"", never)
 
 
 async def test_a_forked_child_does_not_disturb_its_parent():
     async with star(2) as job:
         await job.all_connected()
-        child, release = in_fork()
-        end_fork(child, release)
+        with forked():
+            pass
         assert await consult_all(job.members, "t") == [b"0|1"] * 2
 
 
-def in_fork() -> tuple[int, int]:
-    """A child that lives until the descriptor is closed."""
+async def test_a_forked_child_keeps_what_has_the_number_of_a_socket_that_was_closed():
+    async with star(2) as job:
+        await job.all_connected()
+        read, write = os.pipe()
+        sock = socket.socket()
+        keep_from_children(sock)
+        fd = sock.fileno()
+        sock.close()
+        os.dup2(write, fd)
+        with forked(lambda: os.write(fd, b"!")):
+            assert os.read(read, 1) == b"!"
+        for each in (read, write, fd):
+            os.close(each)
+
+
+@contextlib.contextmanager
+def forked(first: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """A child that lives until the end of the block; it has done `first` before.
+
+    Forked by the main thread. In a child of another one CPython destroys what the main
+    thread has, before anything else, and torch's caches may have a gloo group in it,
+    which would wait for ever for its threads.
+    """
     wait, release = os.pipe()
-    forked = []
-
-    def fork() -> None:  # elsewhere than on the loop's thread, as a data loader might
-        pid = os.fork()
-        if pid == 0:
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
             os.close(release)
+            first()
+            os.write(tell, b"x")
             os.read(wait, 1)
+        finally:
             os._exit(0)
-        forked.append(pid)
-
-    thread = threading.Thread(target=fork)
-    thread.start()
-    thread.join()
     os.close(wait)
-    return forked[0], release
-
-
-def end_fork(child: int, release: int) -> None:
-    os.close(release)
-    os.waitpid(child, 0)
+    os.close(tell)
+    try:
+        # Until it has let go it has the sockets as well.
+        assert os.read(told, 1) == b"x"
+        yield
+    finally:
+        os.close(told)
+        os.close(release)
+        os.waitpid(child, 0)
 
 
 async def test_the_hub_makes_room_for_a_descriptor_a_member():

@@ -167,8 +167,13 @@ class CheckpointEngine:
         return found[-1] if found else None
 
     def _runtime(self, tag: OpenTag, root: str) -> Runtime:
+        tag.raise_if_told()
         if root not in tag.runtimes:
-            self._roots.run(self._tell(tag, {root}, is_complete=False))
+            try:
+                self._roots.run(self._tell(tag, {root}, is_complete=False))
+            except CheckpointError as error:
+                tag.failure, tag.is_told = error, True
+                raise
         return tag.runtimes[root]
 
     # --- on the engine's loop -------------------------------------------------
@@ -217,6 +222,7 @@ class CheckpointEngine:
 
     async def _complete(self, tag: OpenTag) -> Verdict:
         """Agrees that all has been saved; what went wrong here is told to all."""
+        tag.raise_if_told()
         try:
             if tag.failure is not None:
                 raise tag.failure

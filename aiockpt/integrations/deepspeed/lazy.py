@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from aiockpt.errors import CheckpointError, PeerError
 from aiockpt.integrations.deepspeed.facade import CheckpointEngine, CommitInfo
-from aiockpt.integrations.deepspeed.open_tags import OpenTag
+from aiockpt.integrations.deepspeed.open_tags import OpenTag, refuse
 from aiockpt.integrations.forward_state import with_copies
 from aiockpt.loop_thread import Call
 from aiockpt.runtime import raise_untold
@@ -91,9 +91,11 @@ class LazyCheckpointEngine(CheckpointEngine):
         handing_over = self._handing_over = _HandingOver(list(buffers))
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if handing_over.tag is not None:
-                self._roots.run(self._drop_alone(handing_over.tag))
+                # The other ranks may have handed it over.
+                self._num_commits += 1
+                self._roots.run(self._drop_alone(handing_over.tag, error))
             raise
         finally:
             self._handing_over = None
@@ -164,7 +166,10 @@ class LazyCheckpointEngine(CheckpointEngine):
             _logger.warning("the commit of tag %s failed: %s", tag.tag, error)
             commit.error = _as_checkpoint_error(error, tag.tag)
 
-    async def _drop_alone(self, tag: OpenTag) -> None:
+    async def _drop_alone(self, tag: OpenTag, error: BaseException) -> None:
+        """Drops a tag that this rank will not commit, and tells those who will."""
+        told = error if isinstance(error, Exception) else RuntimeError("interrupted")
+        await refuse(self._roots.ranks, tag.tag, told)
         await self._drop(tag)
         for root in tag.runtimes:
             await self._roots.leave(root)

@@ -7,6 +7,7 @@ saves nothing never sees a path, so the ranks tell each other.
 
 __all__ = ["OpenTag", "Verdict", "refuse", "tell"]
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +33,8 @@ class OpenTag:
         used: The roots in which this rank has saved a file of it.
         singles: Files outside the tag, which `commit` publishes each on its own.
         failure: Why it cannot be committed, where that is known already.
+        is_told: Whether the other ranks know of the failure: none of them will meet
+            this one about the tag any more.
     """
 
     tag: str
@@ -41,6 +44,13 @@ class OpenTag:
     used: set[str] = field(default_factory=set)
     singles: list[SingleFile] = field(default_factory=list)
     failure: CheckpointError | None = None
+    is_told: bool = False
+
+    def raise_if_told(self) -> None:
+        """Raises the failure that all ranks know of, if there is one."""
+        if self.is_told and self.failure is not None:
+            # A copy: one instance raised twice would collect both tracebacks.
+            raise copy.copy(self.failure) from self.failure
 
     def root_of(self, path: str) -> str | None:
         """The root where `path`, absolute, is a file of this tag; None if it is none."""
@@ -80,7 +90,7 @@ async def tell(ranks: Ranks, tag: str, word: Verdict) -> Verdict:
     return msgspec.json.decode(verdict, type=Verdict)
 
 
-async def refuse(ranks: Ranks, tag: str, error: CheckpointError) -> Exception:
+async def refuse(ranks: Ranks, tag: str, error: Exception) -> Exception:
     """Makes the next `tell` of all ranks fail; returns what this one is to raise.
 
     If cancelled: it is finished first.

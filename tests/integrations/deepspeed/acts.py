@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from aiockpt.errors import CheckpointError
 from aiockpt.integrations.deepspeed.facade import CheckpointEngine
 from aiockpt.integrations.deepspeed.lazy import LazyCheckpointEngine
 from aiockpt.storage import local
@@ -87,6 +88,40 @@ def fail(rank: int, world_size: int, root: str, at: int, step: str) -> Any:
     again = attempt(lambda: hand_over(engine, root, "a", rank))
     engine.close()
     return raised, between, again, latest(root)
+
+
+def break_off(rank: int, world_size: int, root: str, at: int) -> Any:
+    """Rank `at` fails in the middle of handing over, where the others do not."""
+    engine = LazyCheckpointEngine(RING)
+
+    def hand_over_or_fail() -> None:
+        with engine.handing_over([]):
+            engine.create(SimpleNamespace(tag="a", save_dir=root, save_latest=True))
+            engine.save({"rank": rank}, f"{root}/a/rank{rank}.pt")
+            if rank == at:
+                raise CheckpointError("the client's state cannot be had")
+
+    first = attempt(hand_over_or_fail)
+    drained = attempt(engine.drain)
+    again = attempt(lambda: hand_over(engine, root, "a", rank))
+    engine.close()
+    return first, drained, again, latest(root)
+
+
+def fail_to_open(rank: int, world_size: int, roots: list[str], good: str) -> Any:
+    """A rank saves where no tag can be; the others, that save nothing, hear of it."""
+    engine = CheckpointEngine(RING)
+    engine.create("a")
+    saved = [
+        attempt(lambda: engine.save({"rank": rank}, f"{roots[rank]}/a/model.pt"))
+        for _ in range(2 if roots[rank] else 0)
+    ]
+    committed = attempt(lambda: engine.commit("a"))
+    engine.create("a")
+    engine.save({"rank": rank}, f"{good}/a/rank{rank}.pt")
+    again = attempt(lambda: engine.commit("a"))
+    engine.close()
+    return saved, committed, again, names(f"{good}/a")
 
 
 def die(rank: int, world_size: int, root: str, at: int, moment: str, when: str) -> Any:

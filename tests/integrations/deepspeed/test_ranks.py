@@ -88,6 +88,34 @@ def test_a_failure_on_one_rank_is_raised_by_the_next_call_on_all(jobs, root, at,
     assert assert_root_consistent(root, acked=tags, is_swept=True) == tags
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_rank_that_fails_while_it_hands_over_fails_the_tag_on_all(jobs, root, at):
+    results = jobs.run(f"{ACTS}:break_off", 3, root=root, at=at)
+    for rank, (first, drained, again, latest) in enumerate(results):
+        told = first if rank == at else drained
+        assert "the client's state cannot be had" in told["text"]
+        assert (told["error"] == "PeerError") == (rank != at)
+        assert told["rank"] == (None if rank == at else at)
+        assert (again, latest) == (None, "a")
+    assert_root_consistent(root, acked=["a"], is_swept=True)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_directory_that_cannot_be_opened_fails_the_tag_once_on_all(
+    jobs, tmp_path, at
+):
+    (tmp_path / "file").write_text("in the way")
+    roots = ["", "", ""]
+    roots[at] = f"{tmp_path}/file"
+    good = f"{tmp_path}/good"
+    results = jobs.run(f"{ACTS}:fail_to_open", 3, roots=roots, good=good)
+    told = same([committed for _, committed, *_ in results])
+    assert told["error"] == "PeerError"
+    assert {each["text"] for each in results[at][0]} == {told["text"]}
+    for _, _, again, found in results:
+        assert (again, found) == (True, ["rank0.pt", "rank1.pt", "rank2.pt"])
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     ("moment", "at"),
