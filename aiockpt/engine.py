@@ -93,7 +93,8 @@ class CheckpointEngine:
             root: Directory of the tags; made by the first `create`.
             config: An `EngineConfig`, a mapping of its fields, or a DeepSpeed-style
                 mapping that holds them under "aiockpt" or "datastates_ckpt".
-            ranks: How this process agrees with others; alone by default.
+            ranks: How this process agrees with others; by default, where
+                `torch.distributed` is initialised by now, as one rank of that job.
             observers: Called with each event, on the engine's thread.
 
         Raises:

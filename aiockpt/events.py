@@ -161,7 +161,13 @@ Observer = Callable[[Event], None]
 
 @dataclass(slots=True)
 class Progress:
-    """How far one save is, in bytes of its file; every field only grows."""
+    """How far one save is, in bytes of its file; every field only grows.
+
+    Attributes:
+        planned_bytes: Length of the file; 0 until it has been planned.
+        staged_bytes: Of these, what is in the ring or has been.
+        written_bytes: Of these, what the file system has been handed.
+    """
 
     planned_bytes: int = 0
     staged_bytes: int = 0

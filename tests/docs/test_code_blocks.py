@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from aiockpt import errors
 from docs.page_runner import BLOCK_BEGINS
 from docs.pages import DOCS, MARK, PAGES, ROOT, RUN, SHOWN, Block, blocks
 
@@ -93,6 +94,12 @@ def test_what_is_shown_as_printed_follows_what_prints_it(page):
             assert before is not None, block.place
             assert before.is_run, block.place
             assert before.title is None, block.place
+
+
+def test_every_error_has_its_place_in_the_guide():
+    guide = (DOCS / "guides" / "errors.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (\w+Error)\b", guide, re.MULTILINE)
+    assert sorted(headings) == sorted(errors.__all__)
 
 
 def test_pages_load_nothing_from_elsewhere():
