@@ -22,7 +22,7 @@ import torch
 from aiockpt.errors import CheckpointError
 from aiockpt.testing.faults import Fault, Kill, inject
 from aiockpt.testing.system_calls import Moment
-from faults.driver import ALL_WORKLOADS, CONFIGS
+from faults.driver import ALL_WORKLOADS, CONFIGS, put_note
 from workloads import SMALL, Engine, make_start, save
 
 
@@ -95,6 +95,8 @@ def crash(
     calls: Collection[str] = (),
 ) -> list[Any]:
     """Runs a workload in a child that is killed at a call; what the child told."""
+
+    put_note(Path(root), workload)
 
     def work(tell: Callable[[object], None]) -> None:
         with inject(_kill(at, "half-way" if is_torn else when, calls, tell)):
