@@ -465,9 +465,12 @@ def _open_old(full: str, flags: int) -> int:
             if error.errno != errno.EINVAL:
                 raise
             descriptor = os.open(full, flags)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+        except BaseException:
             _close_unwritten(descriptor)
-            raise OSError(errno.EINVAL, "not a regular file")
+            raise
         return descriptor
 
 

@@ -6,14 +6,15 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from crashing import Server
 from faults.driver import make_template
-from faults.matrix import Cases, cases_of
+from faults.matrix import Cases, cases_of, counted
+from jobs import Jobs
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(
     for item in items:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.timeout(limit_s))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    with counted(pyfuncitem):
+        return (yield)
 
 
 def pytest_terminal_summary(
@@ -81,6 +88,13 @@ def server() -> Iterator[Server]:
     """The process that forks those who are killed."""
     with Server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def jobs() -> Iterator[Jobs]:
+    """The process that forks the ranks of jobs."""
+    with Jobs() as jobs:
+        yield jobs
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,3 +94,11 @@ def cases_of(config: pytest.Config) -> Cases:
     # Read late: without a path on the command line conftest is loaded after that.
     is_long = config.getoption("--faults", default=False)
     return config.stash.setdefault(_COUNT, Cases(is_long))
+
+
+def counted(item: pytest.Item) -> AbstractContextManager[object]:
+    """A test that is marked as a case of the matrix is counted as one."""
+    marker = item.get_closest_marker("case")
+    if marker is None:
+        return contextlib.nullcontext()
+    return cases_of(item.config).case(*marker.args, item.name)
