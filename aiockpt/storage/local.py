@@ -466,11 +466,13 @@ def _open_old(full: str, flags: int) -> int:
                 raise
             descriptor = os.open(full, flags)
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError(errno.EINVAL, "not a regular file")
+            is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
         except BaseException:
             _close_unwritten(descriptor)
             raise
+        if not is_file:
+            _close_unwritten(descriptor)
+            raise OSError(errno.EINVAL, "not a regular file")
         return descriptor
 
 
