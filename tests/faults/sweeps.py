@@ -76,7 +76,7 @@ class Sweep:
             is_deletion = "delete" in self.name or self.name == "recover"
             if is_once and spoiled.name not in CLEANING and self.name != "recover":
                 # Lock files are empty, and the next engine's to remove.
-            left = [path for path in leftovers(root) if not LOCKS.fullmatch(path)]
+                left = [path for path in leftovers(root) if not LOCKS.fullmatch(path)]
                 assert left == [] or is_tidying(self.name)
             # What goes on failing cannot be taken back; a deletion never is.
             may_stay = not is_once or is_deletion
