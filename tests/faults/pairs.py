@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Protocol
 from unittest.mock import patch
 
 from typing_extensions import override
@@ -29,13 +30,29 @@ TIMEOUT_S = 30.0
 Work = Callable[[Engine, int], object]
 
 
+class Port(Protocol):
+    """Where rank 0 listens, once it does."""
+
+    def set_result(self, port: int, /) -> None: ...
+
+    async def found(self) -> int: ...
+
+
+class _Promise(Future[int]):
+    async def found(self) -> int:
+        return await asyncio.wrap_future(self)
+
+
 class PairDoor(Door):
     """Rank 0 holds the hub; rank 1 is told where it is."""
 
-    def __init__(self, rank: int, port: "Future[int]", timeout_s: float) -> None:
+    def __init__(
+        self, rank: int, port: Port, timeout_s: float, host: str = "127.0.0.1"
+    ) -> None:
         self._rank = rank
         self._port = port
         self._timeout_s = timeout_s
+        self._host = host
         self._server: HubServer | None = None
 
     @override
@@ -45,9 +62,9 @@ class PairDoor(Door):
             await self._server.start()
             self._port.set_result(self._server.port)
             return LocalLink(self._server.hub, member)
-        port = await asyncio.wrap_future(self._port)
+        port = await self._port.found()
         hello = Hello(TOKEN, 1, 2)
-        return await dial("127.0.0.1", port, lambda: HubConnection(hello, member))
+        return await dial(self._host, port, lambda: HubConnection(hello, member))
 
     @override
     async def close(self) -> None:
@@ -59,7 +76,7 @@ class Pair:
     """The engines of both ranks, by rank."""
 
     def __init__(self, root: Path, timeout_s: float = TIMEOUT_S) -> None:
-        port: Future[int] = Future()
+        port = _Promise()
         doors = (PairDoor(rank, port, timeout_s) for rank in (0, 1))
         members = (
             Member(rank, 2, door, timeout_s=timeout_s)
