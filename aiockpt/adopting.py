@@ -9,11 +9,14 @@ are where they were. Everything here blocks: call it in a worker.
 __all__ = ["adopt", "adopt_late"]
 
 import contextlib
+import logging
 from collections.abc import Collection, Iterator
 
 from aiockpt.errors import CheckpointNotFoundError, StorageError
 from aiockpt.manifest import PRIVATE_DIR
 from aiockpt.storage.base import Storage
+
+_logger = logging.getLogger(__name__)
 
 
 def adopt(storage: Storage, source: str, target: str, known: Collection[str]) -> None:
@@ -47,18 +50,23 @@ def adopt_late(
     Args:
         storage: Where both directories are.
         source: The directory that was exchanged.
-        target: The directory that others see now.
+        target: The directory that others see now: it is published, and stays so
+            whatever is refused here.
         known: As for `adopt`.
     """
-    for path in _files(storage, source, known):
-        if storage.exists(f"{target}/{path}"):
-            continue
-        # What vanishes meanwhile, or cannot be moved, was not ours to keep.
-        with contextlib.suppress(StorageError, CheckpointNotFoundError):
-            parent = path.rpartition("/")[0]
-            if parent:
-                storage.make_dirs(f"{target}/{parent}")
-            storage.replace(f"{source}/{path}", f"{target}/{path}")
+    try:
+        for path in _files(storage, source, known):
+            _move(storage, f"{source}/{path}", f"{target}/{path}")
+    except StorageError as error:
+        _logger.warning("files that others have just put there are lost: %s", error)
+
+
+def _move(storage: Storage, source: str, target: str) -> None:
+    # What vanishes meanwhile, or cannot be moved, was not ours to keep.
+    with contextlib.suppress(StorageError, CheckpointNotFoundError):
+        if not storage.exists(target):
+            storage.make_dirs(target.rpartition("/")[0])
+            storage.replace(source, target)
 
 
 def _files(

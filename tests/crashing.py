@@ -22,8 +22,8 @@ import torch
 from aiockpt.errors import CheckpointError
 from aiockpt.testing.faults import Fault, Kill, inject
 from aiockpt.testing.system_calls import Moment
-from faults.driver import ALL_WORKLOADS, CONFIGS
-from workloads import SMALL, Engine, make_start, save
+from faults.driver import ALL_WORKLOADS, CONFIGS, put_note
+from workloads import SMALL, Engine, make_start, save, state
 
 
 class Server:
@@ -96,6 +96,8 @@ def crash(
 ) -> list[Any]:
     """Runs a workload in a child that is killed at a call; what the child told."""
 
+    put_note(Path(root), workload)
+
     def work(tell: Callable[[object], None]) -> None:
         with inject(_kill(at, "half-way" if is_torn else when, calls, tell)):
             with Engine(root, CONFIGS.get(workload, SMALL)) as engine:
@@ -146,6 +148,25 @@ def save_many(root: str, tag: str, num_times: int) -> list[Any]:
             for seed in range(2, num_times + 2):
                 save(engine, tag, seed, overwrite=True)
                 tell(seed)
+
+    return _told(*_fork(work))
+
+
+def starve(root: str, group: str, num_bytes: int) -> list[Any]:
+    """Saves tag after tag in a control group, taking more memory each time."""
+
+    def work(tell: Callable[[object], None]) -> None:
+        Path(group, "cgroup.procs").write_text(str(os.getpid()))
+        taken = []
+        with Engine(root, SMALL) as engine:
+            for number in range(1000):
+                engine.create(f"step-{number}")
+                engine.save(state(number % 3 + 1), "model.pt")
+                engine.save({"seed": number % 3 + 1}, "sub/opt.pt")
+                # While that is written.
+                taken.append(bytearray(os.urandom(1)) * num_bytes)
+                engine.commit(f"step-{number}")
+                tell(f"step-{number}")
 
     return _told(*_fork(work))
 
@@ -206,7 +227,13 @@ def _told(pid: int, pipe: int) -> list[Any]:
     return [*told, os.waitstatus_to_exitcode(status)]
 
 
-CASES: Sequence[Callable[..., list[Any]]] = (crash, race, refused, save_many)
+CASES: Sequence[Callable[..., list[Any]]] = (
+    crash,
+    race,
+    refused,
+    save_many,
+    starve,
+)
 
 
 def serve() -> None:

@@ -18,7 +18,9 @@ _MAX_TEXT = 8192
 
 
 def objection(rank: int, phase: str, error: BaseException) -> Failure:
-    """What `rank` says of an error of its own."""
+    """What `rank` says of an error of its own, or of one that it was told of."""
+    if isinstance(error, PeerError) and error.rank is not None:
+        return Failure(str(error)[:_MAX_TEXT], rank=error.rank, phase=error.phase)
     text = f"rank {rank} failed in {phase}: {type(error).__name__}: {error}"
     return Failure(text[:_MAX_TEXT], rank=rank, phase=phase)
 
@@ -26,8 +28,6 @@ def objection(rank: int, phase: str, error: BaseException) -> Failure:
 def decision_failure(chair: int, error: BaseException) -> Failure:
     """What the chair says of an error of its `decide`."""
     text = str(error)[:_MAX_TEXT]
-    if isinstance(error, PeerError):
-        return Failure(text, rank=error.rank, phase=error.phase)
     if isinstance(error, InvalidArgumentError):
         return Failure(text, "argument")
     if isinstance(error, EngineStateError):

@@ -268,6 +268,8 @@ class Hub:
         assert instance.failure is not None
         seat, call = self._seats[rank], instance.waiting.pop(rank)
         del seat.calls[call]
+        # Another rank may have been quicker to pass on what happened on this one.
+        is_own = is_own or instance.failure.rank == rank
         seat.send(Failed(call, instance.failure, is_own))
         self._forget_if_known(instance)
 

@@ -138,7 +138,7 @@ class Verdict(_Message):
 
 
 class Failed(_Message):
-    """The outcome of a call; `is_own` where it was this call that made it fail."""
+    """The outcome of a call; `is_own` where it was this rank that made it fail."""
 
     call: int
     failure: Failure

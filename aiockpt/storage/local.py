@@ -477,7 +477,12 @@ def _open_old(full: str, flags: int) -> int:
             if error.errno != errno.EINVAL:
                 raise
             descriptor = os.open(full, flags)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        try:
+            is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        except BaseException:
+            _close_unwritten(descriptor)
+            raise
+        if not is_file:
             _close_unwritten(descriptor)
             raise OSError(errno.EINVAL, "not a regular file")
         return descriptor

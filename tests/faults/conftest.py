@@ -6,16 +6,15 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from crashing import Server
 from faults.driver import make_template
-from faults.matrix import Cases
-
-CASES = pytest.StashKey[Cases]()
+from faults.matrix import Cases, cases_of, counted
+from jobs import Jobs
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,27 +32,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def _cases(config: pytest.Config) -> Cases:
-    # Read late: without a path on the command line this file is loaded after that.
-    is_long = config.getoption("--faults", default=False)
-    return config.stash.setdefault(CASES, Cases(is_long))
-
-
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
     """A sweep is hundreds of cases: it has minutes, and in the long run an hour."""
-    limit_s = 3600 if _cases(config).is_long else 300
+    limit_s = 3600 if cases_of(config).is_long else 300
     here = Path(__file__).parent
     for item in items:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.timeout(limit_s))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    with counted(pyfuncitem):
+        return (yield)
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    lines = list(_cases(config).lines())
+    lines = list(cases_of(config).lines())
     if lines:
         terminalreporter.section("fault matrix: survived/cases")
         for line in lines:
@@ -65,13 +64,13 @@ def pytest_terminal_summary(
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--faults-report", default=None)
     if path is not None:
-        _cases(session.config).write(path)
+        cases_of(session.config).write(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cases(request: pytest.FixtureRequest) -> Cases:
     """Where a test counts its cases."""
-    return _cases(request.config)
+    return cases_of(request.config)
 
 
 @pytest.fixture
@@ -89,6 +88,13 @@ def server() -> Iterator[Server]:
     """The process that forks those who are killed."""
     with Server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def jobs() -> Iterator[Jobs]:
+    """The process that forks the ranks of jobs."""
+    with Jobs() as jobs:
+        yield jobs
 
 
 @pytest.fixture(scope="session")

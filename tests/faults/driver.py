@@ -9,7 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiockpt.errors import CheckpointError, CheckpointNotFoundError, StorageError
+from aiockpt.agreement import TagOptions
+from aiockpt.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    EngineStateError,
+    StorageError,
+)
 from aiockpt.manifest import TagInfo
 from aiockpt.retention import KeepLast
 from aiockpt.testing.faults import Fault, Injection, inject
@@ -24,11 +30,12 @@ from workloads import (
     assert_whole,
     make_start,
     save,
+    state,
 )
 
 # What changes the disk: between two of these, a killed process leaves the same.
 CHANGING = (
-    "create", "exchange", "fallocate", "flock", "ftruncate", "mkdir", "pwrite",
+    "create", "exchange", "fallocate", "flock", "ftruncate", "link", "mkdir", "pwrite",
     "rename", "rmdir", "unlink", "write",
 )  # fmt: skip
 # Calls that only clean up: where they fail, the next engine does it.
@@ -49,16 +56,88 @@ def recover(engine: Engine) -> None:
         engine.delete("older")
 
 
+def save_weights(engine: Engine, tag: str, seed: int) -> None:
+    """Saves and commits weights in two shards, and text as it stands."""
+    engine.create(tag)
+    engine.save_sharded(state(seed), max_shard_bytes=1 << 20)
+    engine.save_bytes(f"seed: {seed}", "sub/notes.txt")
+    engine.commit(tag)
+
+
+def save_in_time(engine: Engine, tag: str, seed: int) -> None:
+    """The same as `save`, in one call that has a deadline."""
+    files = {"model.pt": state(seed), "sub/opt.pt": {"seed": seed}}
+    engine.save_before(600, tag, files)
+
+
+def save_among_files_of_others(engine: Engine, tag: str, seed: int) -> None:
+    """Overwrites a tag; what others put into its directory stays in it."""
+    options = TagOptions(is_overwrite=True, adopts=True)
+    engine._runtime.spawn(engine._runtime.create(tag, options)).result()
+    engine.save(state(seed), "model.pt")
+    engine.save({"seed": seed}, "sub/opt.pt")
+    engine.commit(tag)
+
+
+def read_under_a_lease(engine: Engine) -> None:
+    """Waits for a tag and reads it under a lease; nobody removes it meanwhile."""
+    with engine.reading(engine.wait_for(newer_than="older").tag):
+        assert_whole(engine, "old", 2)
+        try:
+            engine.delete("old")
+        except EngineStateError:
+            return
+        raise AssertionError("a tag was deleted while it was read")
+
+
 ALL_WORKLOADS: dict[str, Workload] = {
     **WORKLOADS,
+    "save weights": Workload(
+        lambda e: save_weights(e, "new", 4), START, {**START, "new": 4}
+    ),
+    "save in time": Workload(
+        lambda e: save_in_time(e, "new", 3), START, {**START, "new": 3}
+    ),
+    "save among files of others": Workload(
+        lambda e: save_among_files_of_others(e, "old", 3), START, {"older": 1, "old": 3}
+    ),
     "save and prune": Workload(
         lambda e: save(e, "new", 3), START, {"old": 2, "new": 3}
     ),
     "load": Workload(load_latest, START, START),
+    "read under a lease": Workload(read_under_a_lease, START, START),
+    "preflight": Workload(lambda e: e.preflight(), START, START),
     "recover": Workload(recover, START, {"old": 2}),
 }
-SEEDS = (1, 2, 3)
+# These meet fewer errors in the ordinary run: much of what they do others do as well.
+NEWER = (
+    "save weights", "save in time", "save among files of others", "read under a lease",
+    "preflight",
+)  # fmt: skip
+# What is saved under each seed.
+SEEDS = {1: save, 2: save, 3: save, 4: save_weights}
 CONFIGS = {"save and prune": SMALL | {"retention": [KeepLast(2)]}}
+
+# What somebody put into the directory of a tag, and where it is taken to be looked at.
+NOTE, ASIDE = "old/notes/mine.txt", "note"
+NOTED = {"save among files of others"}
+
+
+def put_note(root: Path, name: str) -> None:
+    """Before a workload for which it matters, somebody puts a file into a tag."""
+    (root.parent / ASIDE).unlink(missing_ok=True)
+    if name in NOTED:
+        (root / NOTE).parent.mkdir()
+        (root / NOTE).write_text("mine")
+
+
+def take_note(root: Path, name: str) -> None:
+    """What was put into a tag is there still; it is taken away again. Idempotent."""
+    aside = root.parent / ASIDE
+    if name in NOTED and not aside.exists():
+        (root / NOTE).rename(aside)
+        (root / NOTE).parent.rmdir()
+        assert aside.read_text() == "mine"
 
 
 def make_template(root: Path) -> Path:
@@ -118,6 +197,7 @@ def run(
 
 def spoil(root: Path, name: str, *faults: Fault) -> tuple[Outcome, Injection]:
     """Runs a workload into faults."""
+    put_note(root, name)
     with inject(*faults) as injection:
         outcome = run(root, ALL_WORKLOADS[name].work, CONFIGS.get(name, SMALL))
     return outcome, injection
@@ -145,6 +225,7 @@ def assert_survived(root: Path, name: str, outcome: Outcome, *, may_stay: bool) 
         outcome: What came of it.
         may_stay: Whether it may be there although it was not acknowledged.
     """
+    take_note(root, name)
     before, after = dict(ALL_WORKLOADS[name].before), dict(ALL_WORKLOADS[name].after)
     allowed = [after] if outcome.is_done else [before]
     if may_stay and not outcome.is_done:
@@ -196,8 +277,9 @@ def _seed_of(info: TagInfo) -> int:
 def sums_of(seed: int) -> dict[str, int]:
     """The CRC-32 of the files that are saved under a seed, when nothing goes wrong."""
     with tempfile.TemporaryDirectory() as path, Engine(path, SMALL) as engine:
-        save(engine, "tag", seed)
-        assert_whole(engine, "tag", seed)
+        SEEDS[seed](engine, "tag", seed)
+        if SEEDS[seed] is save:
+            assert_whole(engine, "tag", seed)
         (info,) = engine.tags()
         return {entry.path: entry.crc32 for entry in info.files}
 

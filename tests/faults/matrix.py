@@ -8,23 +8,33 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
 
 # The rows of the matrix, by number; what must hold stands in the tests.
 ROWS = {
     1: "errno at the nth call",
     2: "short reads and writes",
     3: "SIGKILL at the nth call",
+    4: "a rank killed in a commit",
+    5: "power cut",
+    6: "power cut at a flush point",
     7: "failed sync or close",
     8: "cancellation at the nth await",
     9: "corruption",
+    10: "limits of the system",
     11: "out of memory",
     12: "slow or hung",
     13: "races",
+    14: "a network that fails",
+    16: "hostile files",
     17: "faults while recovering",
     18: "direct writes",
     20: "mutants",
+    21: "load and soak",
 }
 
 
@@ -74,3 +84,21 @@ class Cases:
         """Adds the records to a file of JSON lines."""
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.lines())
+
+
+_COUNT = pytest.StashKey[Cases]()
+
+
+def cases_of(config: pytest.Config) -> Cases:
+    """The one count of a test run."""
+    # Read late: without a path on the command line conftest is loaded after that.
+    is_long = config.getoption("--faults", default=False)
+    return config.stash.setdefault(_COUNT, Cases(is_long))
+
+
+def counted(item: pytest.Item) -> AbstractContextManager[object]:
+    """A test that is marked as a case of the matrix is counted as one."""
+    marker = item.get_closest_marker("case")
+    if marker is None:
+        return contextlib.nullcontext()
+    return cases_of(item.config).case(*marker.args, item.name)

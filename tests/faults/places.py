@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -36,6 +36,14 @@ def mkfs(kind: str, cases: Cases) -> Callable[[object], str]:
     return lambda device: run_command(program, *options, device)
 
 
+def new_image(image: Path, make: Callable[[object], object], num_mib: int) -> Path:
+    """An image with a file system in it, which takes only the room that it needs."""
+    image.touch()
+    os.truncate(image, num_mib * MIB)
+    make(image)
+    return image
+
+
 @contextlib.contextmanager
 def mounted(point: Path, *arguments: object) -> Iterator[Path]:
     """A file system at a directory, which is made."""
@@ -52,9 +60,7 @@ def on_a_loop(
     work: Path, sector_bytes: int, make: Callable[[object], str]
 ) -> Iterator[Path]:
     """A file system on a block device of its own, with sectors of this size."""
-    image = work / "image"
-    image.touch()
-    os.truncate(image, 320 * MIB)
+    image = new_image(work / "image", lambda _: None, 320)
     options = ("--find", "--show", "--sector-size", sector_bytes)
     device = run_command("losetup", *options, image)
     try:
@@ -74,3 +80,30 @@ def overlay(work: Path) -> Iterator[Path]:
         layers = f"lowerdir={base}/lower,upperdir={base}/upper,workdir={base}/work"
         with mounted(work / "mounted", "-t", "overlay", "-o", layers, "none") as point:
             yield point
+
+
+@contextlib.contextmanager
+def cgroup(controller: str, settings: Mapping[str, object]) -> Iterator[Path]:
+    """A control group of a test's own (version 1); what enters must leave in time.
+
+    Args:
+        controller: "memory" or "blkio".
+        settings: What is written to its files.
+    """
+    group = Path(f"/sys/fs/cgroup/{controller}/aiockpt-{os.getpid()}")
+    group.mkdir()
+    try:
+        for name, value in settings.items():
+            (group / name).write_text(f"{value}")
+        yield group
+    finally:
+        group.rmdir()
+
+
+def has_cgroups(controller: str, cases: Cases) -> None:
+    """Skips the test where there is no such controller; fails in the long run."""
+    if not Path(f"/sys/fs/cgroup/{controller}/cgroup.procs").exists():
+        reason = f"needs the {controller} controller of control groups, version 1"
+        if cases.is_long:
+            pytest.fail(reason)
+        pytest.skip(reason)

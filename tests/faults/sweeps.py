@@ -6,6 +6,7 @@ pass them.
 
 import errno
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from tracing import SAVING
 
 Check = Callable[[Path, Outcome, Injection], None]
 MOVING = ("pwrite", "write", "pread")
+LOCKS = re.compile(r".*\.lock|reading\..*")
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ class Sweep:
             assert_errors_name(outcome, numbers(spoiled.index), root)
             is_deletion = "delete" in self.name or self.name == "recover"
             if is_once and spoiled.name not in CLEANING and self.name != "recover":
-                # A lock file is empty, and the next engine's to remove.
-                left = [path for path in leftovers(root) if not path.endswith(".lock")]
+                # Lock files are empty, and the next engine's to remove.
+                left = [path for path in leftovers(root) if not LOCKS.fullmatch(path)]
                 assert left == [] or is_tidying(self.name)
             # What goes on failing cannot be taken back; a deletion never is.
             may_stay = not is_once or is_deletion

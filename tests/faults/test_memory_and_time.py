@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import itertools
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,15 @@ from aiockpt.staging import host
 from aiockpt.testing.faults import Delay, Fault, inject
 from aiockpt.testing.roots import assert_root_consistent
 from aiockpt.testing.system_calls import Moment
-from faults.driver import ALL_WORKLOADS, Outcome, assert_survived, link_root
+from faults.driver import (
+    ALL_WORKLOADS,
+    Outcome,
+    assert_survived,
+    go_on,
+    link_root,
+    published_seeds,
+)
+from faults.places import MIB, cgroup, has_cgroups
 from gates import RING_8_MIB, happened, in_thread
 from workloads import SMALL, Engine, content, state
 
@@ -103,6 +112,28 @@ def test_a_lack_of_memory_anywhere_fails_by_name_and_loses_nothing(
                 assert "no memory for" in f"{error!r} {error.__cause__!r}", repr(error)
             assert_survived(root, name, outcome, may_stay=False)
     assert nth > 50
+
+
+def test_a_process_that_is_killed_for_want_of_memory_loses_nothing(
+    cases, as_root, server, tmp_path
+):
+    has_cgroups("memory", cases)
+    limit = {"memory.limit_in_bytes": 200 * MIB}
+    for number in range(cases.pick(2, 40)):
+        root = tmp_path / str(number)
+        with cgroup("memory", limit) as group:
+            # Each time it comes as far as another number of tags.
+            num_bytes = (20 + number % 20) * MIB
+            request = {"root": str(root), "group": str(group), "num_bytes": num_bytes}
+            told = server.ask("starve", **request)
+        with cases.case(11, "SIGKILL by the kernel", f"{number}: {told}"):
+            *acked, status = told
+            assert status == -signal.SIGKILL
+            assert acked
+            published = published_seeds(root)
+            assert [*published][: len(acked)] == acked
+            assert len(published) <= len(acked) + 1
+            go_on(root, published, has_failed=True)
 
 
 # --- row 12: a call that does not end ---------------------------------------------

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from faults.matrix import ROWS, Cases
+from faults.matrix import Cases
 from faults.places import mkfs
 from faults.power.disks import Disk, powered
 from faults.power.writers import Writers
-
-ROWS |= {5: "power cut", 6: "power cut at a flush point"}
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,10 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Protocol
 
-from faults.places import MIB, run_command
+from faults.places import new_image, run_command
 from faults.power.writers import shut_down
 
 IMAGE_MIB = 400
-
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -88,7 +87,7 @@ def powered(work: Path, kind: str, make: Callable[[object], object]) -> Generato
     options = Copied.OPTIONS if kind == "btrfs" else "loop"
     point.mkdir(exist_ok=True)
     try:
-        new_image(image, make)
+        new_image(image, make, IMAGE_MIB)
         run_command("mount", "-o", options, image, point)
         yield (Copied if kind == "btrfs" else ShutDown)(image, point)
     finally:
@@ -97,14 +96,6 @@ def powered(work: Path, kind: str, make: Callable[[object], object]) -> Generato
             run_command("umount", point)
         image.unlink(missing_ok=True)
         image.with_suffix(".cut").unlink(missing_ok=True)
-
-
-def new_image(image: Path, make: Callable[[object], object]) -> Path:
-    """An image with a file system in it, which takes only the room that it needs."""
-    image.touch()
-    os.truncate(image, IMAGE_MIB * MIB)
-    make(image)
-    return image
 
 
 @contextlib.contextmanager

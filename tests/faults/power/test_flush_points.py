@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from faults.matrix import Cases
-from faults.places import mounted
+from faults.places import mounted, new_image
 from faults.power.contenders import BROKEN, BUFFERED
-from faults.power.disks import looped, new_image
+from faults.power.disks import IMAGE_MIB, looped
 from faults.power.flush_log import logged, read_log
 from faults.power.oracle import Oracle, check_aiockpt, has_lost
 from faults.power.replay import Cut, Replay
@@ -82,7 +82,7 @@ def bench(
         pytest.skip(reason)
     work = memory / f"flushes-{kind}"
     work.mkdir()
-    yield Bench(kind, new_image(work / "base", make), work, writers)
+    yield Bench(kind, new_image(work / "base", make, IMAGE_MIB), work, writers)
     shutil.rmtree(work)
 
 

@@ -7,7 +7,7 @@ from faults.power.cuts import Cutter
 from faults.power.oracle import Oracle, check_aiockpt, has_lost
 
 # How many cuts, in the ordinary run and in the long one, for either way of writing.
-KINDS = {"ext4": (30, 1000), "xfs": (30, 1000), "btrfs": (10, 200)}
+KINDS = {"ext4": (30, 2500), "xfs": (30, 2500), "btrfs": (10, 250)}
 MAX_CUTS_OF_A_MUTANT = 40
 
 

@@ -1,11 +1,10 @@
-"""A place that is full, small or forbidden fails the save by name, and gives it back."""
+"""Row 10: a place that is full, small or forbidden fails by name, and gives it back."""
 
 import contextlib
 import errno
 import itertools
 import os
 import resource
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,48 +12,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from aiockpt.errors import StorageError
+from aiockpt.errors import CheckpointError, StorageError
+from aiockpt.testing.roots import assert_root_consistent
 from catalogs import leftovers, names_in
 from crashing import Server
+from faults.matrix import Cases
+from faults.places import MIB, mkfs, mounted, new_image, run_command
 from tracing import tapped
 from workloads import SMALL, Engine, assert_whole, make_start, save
 
-MIB = 1 << 20
-
-
-def run_command(*command: object) -> None:
-    """Runs a program as root; where that is not allowed, the test fails."""
-    arguments = [str(part) for part in command]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (
-        f"{' '.join(done.args)}: {done.stderr.strip()} (this test needs root)"
-    )
-
-
-@contextlib.contextmanager
-def mounted(point: Path, *arguments: object) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("mounts a file system of its own: needs root")
-    point.mkdir(exist_ok=True)
-    run_command("mount", *arguments, point)
-    try:
-        yield point
-    finally:
-        run_command("umount", point)
+pytestmark = pytest.mark.usefixtures("as_root")
 
 
 @pytest.fixture(params=["tmpfs", "ext4"])
-def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB."""
+def small_disk(
+    request: pytest.FixtureRequest, cases: Cases, tmp_path: Path
+) -> Iterator[Path]:
+    """A file system of 16 MiB."""
     point = tmp_path / "mounted"
     if request.param == "tmpfs":
-        with mounted(point, "-t", "tmpfs", "-o", "size=8m", "tmpfs"):
+        with mounted(point, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
             yield point
         return
-    image = tmp_path / "image"
-    image.touch()
-    os.truncate(image, 8 * MIB)
-    run_command("mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", image)
+    image = new_image(tmp_path / "image", mkfs("ext4", cases), num_mib=16)
     with mounted(point, "-o", "loop", image):
         yield point
 
@@ -76,6 +56,7 @@ def assert_no_room(error: StorageError, root: Path) -> None:
 # --- a full disk ------------------------------------------------------------------
 
 
+@pytest.mark.case(10, "no room")
 def test_a_file_that_cannot_fit_is_refused_before_a_byte_is_written(small_disk):
     root = small_disk / "root"
     with Engine(root, SMALL) as engine:
@@ -96,6 +77,7 @@ def test_a_file_that_cannot_fit_is_refused_before_a_byte_is_written(small_disk):
     assert leftovers(root) == []
 
 
+@pytest.mark.case(10, "no room during a save")
 def test_a_disk_that_fills_up_during_the_save_is_given_back(small_disk):
     root = small_disk / "root"
     with Engine(root, SMALL) as engine:
@@ -104,7 +86,7 @@ def test_a_disk_that_fills_up_during_the_save_is_given_back(small_disk):
         engine.create("new")
         # Each fits, and so may pass the first check; all three do not.
         for number in range(3):
-            engine.save(sized(2), f"part{number}.pt")
+            engine.save(sized(5), f"part{number}.pt")
         with pytest.raises(StorageError) as caught:
             engine.commit("new")
 
@@ -121,6 +103,7 @@ def test_a_disk_that_fills_up_during_the_save_is_given_back(small_disk):
     assert leftovers(root) == []
 
 
+@pytest.mark.case(10, "room taken by others")
 def test_room_that_is_taken_by_others_before_the_reservation_is_missed_by_name(
     small_disk,
 ):
@@ -149,8 +132,9 @@ def test_room_that_is_taken_by_others_before_the_reservation_is_missed_by_name(
     assert leftovers(root) == []
 
 
+@pytest.mark.case(10, "no room for a manifest")
 def test_a_disk_too_full_for_the_manifest_keeps_the_old_tag(tmp_path):
-    with mounted(tmp_path / "m", "-t", "tmpfs", "-o", "size=8m", "tmpfs") as place:
+    with mounted(tmp_path / "m", "-t", "tmpfs", "-o", "size=16m", "tmpfs") as place:
         root = place / "root"
         with Engine(root, SMALL) as engine:
             save(engine, "old", 1)
@@ -170,6 +154,7 @@ def test_a_disk_too_full_for_the_manifest_keeps_the_old_tag(tmp_path):
         assert leftovers(root) == []
 
 
+@pytest.mark.case(10, "no inodes")
 def test_a_disk_without_inodes_fails_by_name_and_gives_back(tmp_path):
     options = "size=64m,nr_inodes=24"
     with mounted(tmp_path / "m", "-t", "tmpfs", "-o", options, "tmpfs") as place:
@@ -201,6 +186,7 @@ def limited(kind: int, limit: int) -> Iterator[None]:
         resource.setrlimit(kind, (soft, hard))
 
 
+@pytest.mark.case(10, "RLIMIT_FSIZE")
 def test_a_file_larger_than_the_process_may_write_fails_by_name(root):
     with Engine(root, SMALL) as engine:
         save(engine, "old", 1)
@@ -218,6 +204,7 @@ def test_a_file_larger_than_the_process_may_write_fails_by_name(root):
     assert leftovers(root) == []
 
 
+@pytest.mark.case(10, "RLIMIT_NOFILE")
 def test_a_process_out_of_descriptors_fails_by_name_and_recovers(root):
     with Engine(root, SMALL) as engine:
         save(engine, "old", 1)
@@ -240,6 +227,7 @@ def test_a_process_out_of_descriptors_fails_by_name_and_recovers(root):
 # --- places that must not be written ----------------------------------------------
 
 
+@pytest.mark.case(10, "read-only mount")
 def test_a_read_only_root_is_read_and_refuses_saves_by_name(tmp_path, caplog):
     real = make_start(tmp_path / "real")
     (real / ".aiockpt" / "work" / "host-1-dead").mkdir()
@@ -259,6 +247,7 @@ def test_a_read_only_root_is_read_and_refuses_saves_by_name(tmp_path, caplog):
     assert "could not be swept" in caplog.text
 
 
+@pytest.mark.case(10, "another user")
 def test_a_directory_of_somebody_else_refuses_saves_by_name():
     # Not below pytest's own directory, which other users cannot even enter.
     with tempfile.TemporaryDirectory(dir="/dev/shm") as path, Server() as server:
@@ -277,6 +266,7 @@ def test_a_directory_of_somebody_else_refuses_saves_by_name():
         assert not Path(path, "none").exists()
 
 
+@pytest.mark.case(10, "a root below a file")
 def test_a_root_below_a_file_is_refused_by_name(tmp_path):
     (tmp_path / "file").write_bytes(b"mine")
 
@@ -290,6 +280,7 @@ def test_a_root_below_a_file_is_refused_by_name(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
+@pytest.mark.case(10, "chattr +i")
 def test_a_directory_that_must_not_change_refuses_saves_by_name(root):
     make_start(root)
     run_command("chattr", "+i", root)
@@ -303,4 +294,93 @@ def test_a_directory_that_must_not_change_refuses_saves_by_name(root):
             assert engine.latest() == "old"
     finally:
         run_command("chattr", "-i", root)
+    assert leftovers(root) == []
+
+
+# --- what breaks under a mounted root ---------------------------------------------
+
+
+@pytest.fixture
+def disk(cases: Cases, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """An ext4 of its own, and its image."""
+    image = new_image(tmp_path / "image", mkfs("ext4", cases), num_mib=64)
+    # The file system is not to panic when it finds out.
+    with mounted(tmp_path / "mounted", "-o", "loop,errors=remount-ro", image) as point:
+        yield point, image
+
+
+@pytest.mark.case(10, "a file system that found an error")
+def test_a_file_system_that_goes_read_only_during_a_save_fails_it_by_name(disk):
+    point, _ = disk
+    root = point / "root"
+    engine = Engine(root, SMALL)
+    try:
+        save(engine, "old", 1)
+        engine.create("new")
+        engine.save(sized(2), "model.pt").written()
+        (device,) = (
+            line.split()[0].rpartition("/")[2]
+            for line in Path("/proc/mounts").read_text().splitlines()
+            if line.split()[1] == str(point)
+        )
+        Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("for a test")
+        engine.save(sized(3), "more.pt")
+        with pytest.raises(StorageError) as caught:
+            engine.commit("new")
+        # Shut down, it is read-only, or says that it needs to be cleaned.
+        known = {errno.EROFS, errno.EIO, 117}
+        assert caught.value.errno in known
+        assert str(caught.value.filename).startswith(str(root))
+        assert engine.latest() == "old"
+        assert_whole(engine, "old", 1)
+    finally:
+        with contextlib.suppress(CheckpointError):
+            engine.close()
+    assert_root_consistent(root, acked=["old"], absent=["new"])
+
+
+@pytest.mark.case(10, "a disk that is cut short")
+def test_a_file_whose_blocks_cannot_be_read_fails_by_name_and_offset(disk):
+    point, image = disk
+    root = point / "root"
+    with Engine(root, SMALL) as engine:
+        save(engine, "old", 1)
+        engine.create("new")
+        engine.save(sized(24), "model.pt")
+        engine.commit("new")
+        drop_caches()
+        # As a disk whose last sectors have gone: its file system is mounted still.
+        os.truncate(image, 12 * MIB)
+        with pytest.raises(StorageError) as caught:
+            engine.load("model.pt", tag="new")
+        assert caught.value.errno == errno.EIO
+        assert str(caught.value.filename).endswith("new/model.pt")
+        # It is never taken for another tag's turn.
+        with pytest.raises(StorageError):
+            engine.load("model.pt")
+
+
+def drop_caches() -> None:
+    """What was read or written must come from the disk again."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+# --- memory -----------------------------------------------------------------------
+
+
+@pytest.mark.case(10, "RLIMIT_AS")
+def test_a_process_that_gets_no_more_memory_fails_by_name_and_goes_on(root):
+    with Engine(root, SMALL) as engine:
+        save(engine, "old", 1)
+        engine.create("new")
+        engine.save(sized(48), "model.pt")
+        engine.commit("new")
+        assert_whole(engine, "old", 1)  # which starts the threads that load
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        with limited(resource.RLIMIT_AS, pages * os.sysconf("SC_PAGE_SIZE") + 8 * MIB):
+            with pytest.raises(MemoryError):
+                engine.load("model.pt")
+        assert_whole(engine, "old", 1)
+        assert torch.equal(engine.load("model.pt")["w"], sized(48)["w"])
     assert leftovers(root) == []
