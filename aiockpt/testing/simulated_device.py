@@ -158,7 +158,7 @@ class SimulatedDevices(Driver):
         # Another version counter, and the same memory.
         data = tensor.data
         torch.autograd.graph.increment_version(tensor)
-        self._enqueue(self.current_stream(device), lambda: change(data))
+        self._enqueue(self._stream_here(device), lambda: change(data))
 
     def stream(self, device: int = 0, *, is_lazy: bool = False) -> SimulatedStream:
         """Another stream of the caller's."""
@@ -271,6 +271,9 @@ class SimulatedDevices(Driver):
     @override
     def current_stream(self, device: int) -> SimulatedStream:
         """See `Driver.current_stream`."""
+        return self._stream_here(device)
+
+    def _stream_here(self, device: int) -> SimulatedStream:
         return self._current().get(device, self._defaults[device])
 
     @override
