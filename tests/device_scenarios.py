@@ -225,7 +225,7 @@ async def an_aborted_tag_keeps_its_chunks_until_devices_have_done_with_them(
             # The attempt fails first of all, and then waits for its saves.
             attempt = engine._runtime._attempts["a"]
             await until(lambda: attempt.failure is not None)
-            await turns(50)
+            await engine._runtime.spawn(turns(100)).wait()
             assert leased_bytes > 0
             assert engine.ring_bytes[0] == leased_bytes, "chunks were given away"
             assert not aborting.done()
