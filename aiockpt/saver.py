@@ -299,7 +299,9 @@ class _Transfer:
                     task.add_done_callback(functools.partial(_release, lease))
                     turn = next_turn
         except BaseExceptionGroup as failures:
-            raise _first(failures) from failures
+            first = _first(failures)
+            # What was behind it stays so: a device's or the system's own words.
+            raise first from first.__cause__ or failures
         self._save.written_s = perf_counter()
         return self._sums
 

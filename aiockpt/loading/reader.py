@@ -115,10 +115,11 @@ class Reader:
         assert self._devices is not None
         return self._devices.driver.device_of(tensor)
 
-    def landings(
+    @contextmanager
+    def landing(
         self, devices: Mapping[str, str], nbytes: Mapping[str, int]
-    ) -> dict[str, "Landing"]:
-        """New memory on devices for those regions that go to one.
+    ) -> Generator[dict[str, Landing]]:
+        """New memory on devices for those regions that go to one; emptied afterwards.
 
         Args:
             devices: Where they go, as torch calls it, by the region's name.
@@ -127,6 +128,16 @@ class Reader:
         Raises:
             torch.OutOfMemoryError: There is no such memory.
         """
+        landings = self._landings(devices, nbytes)
+        try:
+            yield landings
+        finally:
+            # An error's traceback refers to them, and would keep the memory.
+            landings.clear()
+
+    def _landings(
+        self, devices: Mapping[str, str], nbytes: Mapping[str, int]
+    ) -> dict[str, Landing]:
         if not self._is_copying:
             return {}
         assert self._devices is not None

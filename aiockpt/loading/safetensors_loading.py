@@ -3,6 +3,7 @@
 __all__ = ["SafetensorsLoading", "read_header", "tensor_region"]
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -88,26 +89,28 @@ class SafetensorsLoading:
         if self.placement.is_meta(_LOCATION):
             return {name: _meta(entry) for name, entry in entries.items()}, None
         is_whole = self.is_whole and keys is None
-        landings = self._landings(entries)
-        fills = {name: [landing.target] for name, landing in landings.items()}
-        kept = entries.keys() - landings.keys()
-        reads = self._reads(entries, kept=kept, fills=fills, is_whole=is_whole)
-        with self.reader.reading(self.file, reads) as bulk:
-            tensors = {
-                name: self._landed(entry, landings[name], bulk)
-                if name in landings
-                else self._tensor(entry, bulk.storage)
-                for name, entry in entries.items()
-            }
-            return tensors, bulk.wait() if is_whole else None
+        with self._landing(entries) as landings:
+            fills = {name: [landing.target] for name, landing in landings.items()}
+            kept = entries.keys() - landings.keys()
+            reads = self._reads(entries, kept=kept, fills=fills, is_whole=is_whole)
+            with self.reader.reading(self.file, reads) as bulk:
+                tensors = {
+                    name: self._landed(entry, landings[name], bulk)
+                    if name in landings
+                    else self._tensor(entry, bulk.storage)
+                    for name, entry in entries.items()
+                }
+                return tensors, bulk.wait() if is_whole else None
 
-    def _landings(self, entries: Mapping[str, TensorEntry]) -> dict[str, Landing]:
+    def _landing(
+        self, entries: Mapping[str, TensorEntry]
+    ) -> AbstractContextManager[dict[str, Landing]]:
         """Memory for the tensors, where they go to a device through the ring."""
+        # Where a function decides, it has to see the tensor first.
         target = self.placement.target(_LOCATION)
-        if target is None:
-            return {}
+        names = entries if target is not None else ()
         sizes = {name: entry.nbytes for name, entry in entries.items()}
-        return self.reader.landings(dict.fromkeys(entries, target), sizes)
+        return self.reader.landing(dict.fromkeys(names, target or ""), sizes)
 
     def keys(self) -> list[str]:
         """The names of all tensors."""

@@ -3,6 +3,8 @@
 __all__ = ["TorchLoading"]
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, cast
@@ -77,13 +79,8 @@ class TorchLoading:
             return self._run(data, self._fetch(None)), None
         names = [*self.records.entries]
         kept = {name for name in names if name.startswith(storage_record(""))}
-        landings = self._landings(kept, self.records.pickle)
-        fills = {name: [landing.target] for name, landing in landings.items()}
         read = names if self.is_whole else kept
-        reads = self._reads(read, kept - landings.keys(), fills)
-        with self.reader.reading(self.records.file, reads) as bulk:
-            made = self._run(data, self._fetch(bulk, landings), landings=landings)
-            return made, bulk.wait() if self.is_whole else None
+        return self._read(data, read, kept, is_whole=self.is_whole)
 
     def load_keys(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         """Returns the tensors named, by key path; reads nothing of the others."""
@@ -147,7 +144,33 @@ class TorchLoading:
         )
         return self.unpickling.run(data, storages)
 
-    def _landings(self, names: Collection[str], pickle: bytes) -> dict[str, Landing]:
+    def _read(
+        self,
+        pickle: bytes,
+        names: Iterable[str],
+        kept: AbstractSet[str],
+        *,
+        is_whole: bool,
+    ) -> tuple[object, int | None]:
+        """Runs a pickle while records are read, those that it refers to among them.
+
+        Args:
+            pickle: What to run.
+            names: The records.
+            kept: Those of storages that it refers to.
+            is_whole: Whether that is the whole file, whose CRC-32 is then returned.
+        """
+        with self._landing(kept, pickle) as landings:
+            fills = {name: [landing.target] for name, landing in landings.items()}
+            reads = self._reads(names, kept - landings.keys(), fills, is_whole=is_whole)
+            with self.reader.reading(self.records.file, reads) as bulk:
+                fetch = self._fetch(bulk, landings)
+                made = self._run(pickle, fetch, landings=landings)
+                return made, bulk.wait() if is_whole else None
+
+    def _landing(
+        self, names: Collection[str], pickle: bytes
+    ) -> AbstractContextManager[dict[str, Landing]]:
         """Memory for those storage records that go to a device through the ring.
 
         Args:
@@ -168,7 +191,7 @@ class TorchLoading:
                 pass  # A function decides, which has to see the storage first.
         targets = {name: target for name, target in targets.items() if name in names}
         sizes = {name: self.records.region(name).nbytes for name in targets}
-        return self.reader.landings(targets, sizes)
+        return self.reader.landing(targets, sizes)
 
     def _fetch(
         self, bulk: BulkRead | None, landings: Mapping[str, Landing] = _NO_LANDINGS
@@ -218,13 +241,7 @@ class TorchLoading:
             found = (key for node in nodes.values() for key in storage_keys(node))
             names = dict.fromkeys(map(storage_record, found))
             kept = names.keys() & self.records.entries.keys()
-            landings = self._landings(kept, pickle)
-            fills = {name: [landing.target] for name, landing in landings.items()}
-            away = kept - landings.keys()
-            reads = self._reads(kept, away, fills, is_whole=False)
-            with self.reader.reading(self.records.file, reads) as bulk:
-                fetch = self._fetch(bulk, landings)
-                made = self._run(pickle, fetch, landings=landings)
+            made, _ = self._read(pickle, kept, kept, is_whole=False)
         return cast("dict[str, torch.Tensor]", made)
 
     def _tensors(self, keys: Sequence[str] | None) -> dict[str, object]:
