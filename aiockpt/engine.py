@@ -19,6 +19,7 @@ from aiockpt.errors import CheckpointError
 from aiockpt.events import CommitReport, Observer, Progress
 from aiockpt.formats.plain import PlainBytes
 from aiockpt.loader import LoadOptions
+from aiockpt.loop_thread import Call
 from aiockpt.manifest import TagInfo
 from aiockpt.preflight import PreflightReport
 from aiockpt.ranks.base import Ranks
@@ -50,14 +51,18 @@ class SaveHandle:
         return self._save.progress
 
     async def staged(self) -> None:
-        """Returns when every tensor of this file has been copied.
+        """Returns when every tensor of this file may be changed again.
+
+        It has been copied, or else what the calling thread enqueues on its current
+        CUDA streams from now on waits for the copies, on the device.
 
         Raises:
             CheckpointError: Why it never will be.
 
         If cancelled: only the waiting ends.
         """
-        await self._runtime.spawn(self._runtime.save_staged(self._save)).wait()
+        runtime = self._runtime
+        await _follow(runtime, runtime.spawn(runtime.save_staged(self._save)))
 
     async def written(self) -> None:
         """Returns when the file is complete and durable; not yet published.
@@ -210,6 +215,7 @@ class CheckpointEngine:
             InvalidArgumentError: A bad path or group, a path saved before, or a value
                 that cannot be pickled (its key path is named).
             EngineStateError: No such open tag, or it has failed.
+            StagingError: A tensor is on a device that cannot be used.
 
         If cancelled: the call does not suspend, so it is done or was never made.
         """
@@ -275,7 +281,10 @@ class CheckpointEngine:
         return await self.save(PlainBytes.of(data), path, tag=tag)
 
     async def staged(self, tag: str | None = None) -> None:
-        """Returns when all that was saved (in `tag`) has been copied.
+        """Returns when all that was saved (in `tag`) may be changed again.
+
+        It has been copied, or else what the calling thread enqueues on its current
+        CUDA streams from now on waits for the copies, on the device.
 
         Raises:
             CheckpointError: What failed in the background.
@@ -285,12 +294,12 @@ class CheckpointEngine:
         """
         start = perf_counter()
         try:
-            await self._runtime.spawn(self._runtime.staged(tag)).wait()
+            await _follow(self._runtime, self._runtime.spawn(self._runtime.staged(tag)))
         finally:
             self._runtime.add_stall(tag, perf_counter() - start)
 
     def wait_staged(self) -> None:
-        """Blocks the calling thread until all that is being staged has been.
+        """Blocks the calling thread until all that is being staged may be changed.
 
         For code that changes tensors by other means than a torch optimizer. Errors
         are left to `commit`.
@@ -667,3 +676,10 @@ class CheckpointEngine:
             self._runtime.stop()
             await self._runtime.ended()
         raise_untold(untold)
+
+
+async def _follow(runtime: Runtime, staged: Call[Sequence[FileSave]]) -> None:
+    """Waits for what is being staged, on the caller's thread as far as need be."""
+    rest = runtime.follow(await staged.wait())
+    if rest is not None:
+        await rest.wait()

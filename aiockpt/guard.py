@@ -4,13 +4,16 @@ A torch optimizer changes tensors in `step()`. A process-wide step pre-hook make
 it wait until what was being staged has been staged; where that is not wanted, the
 hook notes which saves a step came too early for (fused optimizers do not touch
 the version counters by which other changes are found).
+
+Of a save whose tensors are on devices, nobody waits longer than until all copies have
+been begun: from there on, the work that the caller enqueues waits, on the device.
 """
 
 __all__ = ["StagingGate"]
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Protocol
 
@@ -25,9 +28,22 @@ class Staging(Protocol):
 
     Attributes:
         stall_s: Seconds that callers have been held for it.
+        is_begun: Whether all copies have been begun, on devices that are at them.
     """
 
     stall_s: float
+    is_begun: bool
+
+    def hurry(self) -> None:
+        """Somebody waits for it."""
+        ...
+
+    def follow(self) -> bool:
+        """What the calling thread enqueues from now on comes after the copies.
+
+        To be called where `is_begun`; False where the caller must wait after all.
+        """
+        ...
 
     def note_step(self, touched: set[int]) -> None:
         """An optimizer is about to change the storages at these data pointers."""
@@ -55,6 +71,11 @@ class StagingGate:
         with self._changed:
             self._staging[id(save)] = save
 
+    def look_again(self) -> None:
+        """A save has set `is_begun`: who waits for it goes on."""
+        with self._changed:
+            self._changed.notify_all()
+
     def leave(self, save: Staging) -> None:
         """The sources of `save` are free. Idempotent; may block for a moment."""
         with self._changed:
@@ -67,17 +88,31 @@ class StagingGate:
         return bool(self._staging) and not self._is_forked
 
     def wait(self) -> None:
-        """Blocks the thread until everything that is being staged now has been."""
+        """Blocks the thread until everything that is being staged now has been.
+
+        What it enqueues on its current streams afterwards is made to wait, where
+        devices are still at copies.
+        """
         if not self._staging or self._is_forked:
             return
         start = perf_counter()
         with self._changed:
             waited = list(self._staging.values())
-            while any(id(save) in self._staging for save in waited):
-                self._changed.wait()
+        for save in waited:
+            save.hurry()
+        self._wait_for(waited, or_begun=True)
+        self._wait_for([save for save in waited if not save.follow()], or_begun=False)
         for save in waited:
             # Shared among the saves, so that the tag's sum is the time once.
             save.stall_s += (perf_counter() - start) / len(waited)
+
+    def _wait_for(self, saves: Sequence[Staging], *, or_begun: bool) -> None:
+        with self._changed:
+            while any(
+                id(save) in self._staging and not (or_begun and save.is_begun)
+                for save in saves
+            ):
+                self._changed.wait()
 
     def close(self) -> None:
         """Takes the hook out of torch and lets everyone through."""

@@ -30,7 +30,7 @@ from aiockpt.loading.bulk import BulkRead
 from aiockpt.loading.container import Container, container_of
 from aiockpt.loading.inspecting import FileInfo, RecordInfo, TensorInfo, inspect_file
 from aiockpt.loading.lazy import LazyFile
-from aiockpt.loading.placing import MapLocation, Placement
+from aiockpt.loading.placing import MapLocation, Placement, resolved
 from aiockpt.loading.plain_loading import is_as_written, load_plain
 from aiockpt.loading.reader import Reader
 from aiockpt.loading.reading import named
@@ -42,6 +42,7 @@ from aiockpt.loading.unpickling import Unpickling
 from aiockpt.loading.verifying import verify_file
 from aiockpt.loop_thread import Call
 from aiockpt.ring import Ring
+from aiockpt.staging.devices import Devices
 from aiockpt.storage.base import ReadFile
 from aiockpt.threads import run_interruptibly
 
@@ -85,7 +86,11 @@ class LoadOptions:
     strict: bool = True
 
     def __post_init__(self) -> None:
-        """Takes any iterable of keys, and goes over it once."""
+        """Takes any iterable of keys, and goes over it once.
+
+        What a name means to the caller is settled in the caller's thread.
+        """
+        object.__setattr__(self, "map_location", resolved(self.map_location))
         if self.keys is not None and not isinstance(self.keys, str):
             object.__setattr__(self, "keys", list(self.keys))
 
@@ -112,6 +117,7 @@ class Loader:
         num_workers: int,
         loaders: Executor,
         spawn: Callable[[Coroutine[Any, Any, None]], Call[None]],
+        devices: Devices | None = None,
     ) -> None:
         """Starts nothing.
 
@@ -121,12 +127,14 @@ class Loader:
             num_workers: How many of these one load keeps busy.
             loaders: Threads that unpickle, and wait for the workers.
             spawn: Starts a coroutine on the engine's loop, from any thread.
+            devices: What copies from the ring to devices, where that is done.
         """
         self._ring = ring
         self._workers = workers
         self._num_workers = num_workers
         self._loaders = loaders
         self._spawn = spawn
+        self._devices = devices
 
     async def load(self, open_file: Callable[[], Opened], options: LoadOptions) -> Any:
         """Returns what was saved in the file that `open_file` opens.
@@ -177,7 +185,7 @@ class Loader:
 
         If cancelled: reading ends soon; returns when the thread is done with it.
         """
-        reader = Reader(self._begin, self._ring.chunk_bytes)
+        reader = Reader(self._begin, self._ring.chunk_bytes, self._devices)
         return await run_interruptibly(
             self._loaders, reader.stop, partial(work, reader)
         )

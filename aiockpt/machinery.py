@@ -20,6 +20,8 @@ from aiockpt.loader import Loader
 from aiockpt.loop_thread import Call, LoopThread
 from aiockpt.ring import Ring
 from aiockpt.saver import Saver
+from aiockpt.staging.cuda_driver import CudaDriver
+from aiockpt.staging.devices import Devices
 from aiockpt.staging.host import HostStager
 from aiockpt.storage.base import Storage
 from aiockpt.storage.local import LocalStorage
@@ -60,6 +62,9 @@ class Machinery:
         self._observers = observers
         self._pid = os.getpid()
         self.ring = Ring(config.ring_bytes)
+        self._devices = Devices(
+            CudaDriver(), self.ring.address, self.ring.capacity_bytes
+        )
         # Before the gate, whose hook would stay if the thread could not be had.
         self._thread = LoopThread("aiockpt-engine", self._end)
         self.gate = StagingGate(is_holding=config.guard)
@@ -78,6 +83,7 @@ class Machinery:
             num_workers=config.parser_threads,
             loaders=self._loaders,
             spawn=self.spawn,
+            devices=self._devices,
         )
         self._stager = HostStager(self._copiers)
 
@@ -95,6 +101,7 @@ class Machinery:
             planners=self.planners,
             copiers=self._copiers,
             emit=self.emit,
+            devices=self._devices,
         )
 
     @property
@@ -155,6 +162,8 @@ class Machinery:
         for pool in pools:
             pool.shutdown()
         self.gate.close()
+        # Before its memory goes.
+        self._devices.close()
         # A traceback that is still referred to may hold a view of the ring; its
         # memory then goes with the traceback.
         with contextlib.suppress(BufferError):

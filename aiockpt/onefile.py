@@ -80,7 +80,11 @@ def save_blocking(
 
 def _begin_save(file: SingleFile) -> tuple[Machinery, Coroutine[Any, Any, None]]:
     machinery = Machinery(_CONFIG)
-    file.enter(machinery)
+    try:
+        file.enter(machinery)
+    except BaseException:
+        machinery.stop()
+        raise
     return machinery, _save(file)
 
 

@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from aiockpt.capture import Capture, capture
+from aiockpt.capture import capture
 from aiockpt.catalog import Catalog
 from aiockpt.errors import CorruptCheckpointError, StorageError
 from aiockpt.events import Event, Written
@@ -85,13 +85,17 @@ class Preflight:
 
         Raises:
             InvalidArgumentError: It cannot be captured, and so not be saved.
+            StagingError: It is on a device that cannot be used.
         """
         self._events: list[Event] = []
         # Observers are told of what is saved, and this is not.
         self._saver = replace(saver, emit=self._events.append)
         self._catalog = catalog
         self._loader = loader
-        self._state: Capture | None = None if state is None else capture(state)
+        self._save: FileSave | None = None
+        if state is not None:
+            self._save = FileSave("", "model.pt", capture(state))
+            self._saver.mark(self._save)
 
     async def run(self) -> PreflightReport:
         """Does once what saves, loads and commits do, and leaves nothing of it.
@@ -149,13 +153,12 @@ class Preflight:
 
     async def _plan(self) -> int:
         """The length of the state's file, if it can be saved."""
-        if self._state is None:
+        if self._save is None:
             return 0
-        save = FileSave("", "model.pt", self._state)
-        plan = await self._saver.plan(save, self._saver.ring.chunk_bytes)
+        plan = await self._saver.plan(self._save, self._saver.ring.chunk_bytes)
         # The caller may want the memory back long before the report is dropped.
         plan.sources.clear()
-        self._state = None
+        self._save = None
         return plan.nbytes
 
     def _look(self, planned_bytes: int) -> DiskFacts:

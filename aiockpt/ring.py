@@ -66,6 +66,7 @@ class Ring:
     Attributes:
         capacity_bytes: Bytes of all chunks.
         chunk_bytes: Bytes of one chunk.
+        address: Where the first chunk is in memory; the others follow without gaps.
         leased_bytes: Bytes leased now.
         peak_bytes: The most that were leased at once.
     """
@@ -84,7 +85,7 @@ class Ring:
         self._map = _reserve(self.capacity_bytes)
         self._bytes = memoryview(self._map)
         anchor = ctypes.c_char.from_buffer(self._map)
-        self._address = ctypes.addressof(anchor)
+        self.address = ctypes.addressof(anchor)
         self._free = list(range(num_chunks))
         self._waiters: collections.deque[asyncio.Future[int]] = collections.deque()
 
@@ -112,7 +113,7 @@ class Ring:
         self.peak_bytes = max(self.peak_bytes, self.leased_bytes)
         start = index * self.chunk_bytes
         view = self._bytes[start : start + self.chunk_bytes]
-        return Lease(self, index, view, self._address + start)
+        return Lease(self, index, view, self.address + start)
 
     def take_back(self, index: int) -> None:
         """Frees chunk `index`, or hands it to whoever waited longest."""

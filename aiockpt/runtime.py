@@ -188,6 +188,7 @@ class Runtime:
         Raises:
             InvalidArgumentError: A bad path or group, or state that cannot be captured.
             EngineStateError: No such open tag.
+            StagingError: State on a device that cannot be used.
         """
         start = perf_counter()
         self.check_usable()
@@ -217,6 +218,7 @@ class Runtime:
         relative = check_path(path, [f"{self.root}/{tag}"])
         state, metadata = or_weights(state, relative, metadata)
         save = FileSave(tag, relative, capture(state), metadata)
+        self._means.saver.mark(save)
         self._machinery.gate.enter(save)
         return save
 
@@ -301,6 +303,15 @@ class Runtime:
             raise EngineStateError("wait_staged would block the engine's own thread")
         self._machinery.gate.wait()
 
+    def follow(self, saves: Sequence[FileSave]) -> Call[None] | None:
+        """What the calling thread enqueues from now on comes behind what is copied.
+
+        Returns:
+            What to wait for where a device refuses that; else None.
+        """
+        refused = [save for save in saves if not save.follow()]
+        return self.spawn(self.fully_staged(refused)) if refused else None
+
     def add_stall(self, tag: str | None, stall_s: float) -> None:
         """Counts time that a caller was held against the tags that it waited for."""
         for attempt in list(self._attempts.values()):
@@ -340,21 +351,32 @@ class Runtime:
         finally:
             self._opening.remove(tag)
 
-    async def staged(self, tag: str | None) -> None:
-        """Returns when everything saved so far (in `tag`) has been staged."""
+    async def staged(self, tag: str | None) -> Sequence[FileSave]:
+        """Returns when everything saved so far (in `tag`) has been staged.
+
+        Or is being so by devices: of those files, which it returns, `follow` must be
+        called on the thread that is to change their tensors.
+        """
         attempts = list(self._attempts.values())
         if tag is not None:
             attempts = [self._attempt(tag)]
-        for attempt in attempts:
-            for save in attempt.saves:
-                await save.staged.wait()
+        saves = [save for attempt in attempts for save in attempt.saves]
+        await _begun(saves)
         for attempt in attempts:
             attempt.raise_if_failed()
+        return [save for save in saves if not save.staged.is_set()]
 
-    async def save_staged(self, save: FileSave) -> None:
-        """Returns when one file has been staged."""
-        await save.staged.wait()
+    async def save_staged(self, save: FileSave) -> Sequence[FileSave]:
+        """Returns when one file has been staged, or is being so; as `staged`."""
+        await _begun([save])
         self._raise_error_of(save)
+        return [] if save.staged.is_set() else [save]
+
+    async def fully_staged(self, saves: Sequence[FileSave]) -> None:
+        """Returns when no device is at any of the files any more."""
+        for save in saves:
+            await save.staged.wait()
+            self._raise_error_of(save)
 
     async def save_written(self, save: FileSave) -> None:
         """Returns when one file is complete and durable (not yet published)."""
@@ -539,6 +561,13 @@ class Runtime:
         """Blocks until the threads have ended."""
         if not self._is_sharing:
             self._machinery.join()
+
+
+async def _begun(saves: Sequence[FileSave]) -> None:
+    for save in saves:
+        save.hurry()
+    for save in saves:
+        await save.begun.wait()
 
 
 def raise_untold(errors: Sequence[CheckpointError]) -> None:

@@ -23,6 +23,8 @@ from aiockpt.manifest import FileEntry
 from aiockpt.plan import FilePlan, make_plan
 from aiockpt.ring import Lease, Ring
 from aiockpt.staging.base import Stager
+from aiockpt.staging.device import DeviceStager, mark
+from aiockpt.staging.devices import Devices
 from aiockpt.storage.base import Storage, WriteFile
 from aiockpt.threads import run_blocking
 
@@ -42,11 +44,17 @@ class FileSave:
         replicas: The ranks that save it together; empty where this one saves alone.
         progress: Bytes planned, staged and written.
         started_s: Clock reading when `save` was called.
+        stager: What stages it, where some of it is on devices.
+        begun: Set when every copy has been begun, or never will be: the caller may go
+            on once it has called `follow`.
         staged: Set when every source has been copied, or never will be.
         written: Set when the file is complete and durable, or never will be.
         error: Why it failed, if it did.
         entry: What the manifest will say of it, once written.
         stepped_key: Key path of a source that an optimizer step came too early for.
+        is_begun: Whether all copies have been begun, by devices that are at them.
+        is_followed: Whether the caller's further work waits for them on the devices:
+            what changes from then on, changes behind the copies.
         stall_s: Seconds that callers have been held for it.
         plan_s: Seconds of planning.
         sync_s: Seconds of syncing.
@@ -62,11 +70,15 @@ class FileSave:
     replicas: Sequence[int] = ()
     progress: Progress = field(default_factory=Progress)
     started_s: float = field(default_factory=perf_counter)
+    stager: DeviceStager | None = None
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
     staged: asyncio.Event = field(default_factory=asyncio.Event)
     written: asyncio.Event = field(default_factory=asyncio.Event)
     error: CheckpointError | None = None
     entry: FileEntry | None = None
     stepped_key: str | None = None
+    is_begun: bool = False
+    is_followed: bool = False
     stall_s: float = 0.0
     plan_s: float = 0.0
     sync_s: float = 0.0
@@ -77,8 +89,36 @@ class FileSave:
     def note_step(self, touched: set[int]) -> None:
         """An optimizer is about to change the storages at these data pointers."""
         capture = self.capture
-        if capture is not None and touched & capture.storage_ptrs():
+        if self.is_followed or capture is None:
+            return
+        if touched & capture.storage_ptrs():
             self.stepped_key = _key_at(capture, touched)
+
+    def hurry(self) -> None:
+        """Somebody waits for `begun`. From any thread."""
+        if self.stager is not None:
+            self.stager.hurry()
+
+    def follow(self) -> bool:
+        """See `StagingGate`: further work of the calling thread waits on devices."""
+        capture, stager = self.capture, self.stager
+        if not self.is_begun or stager is None or capture is None:
+            return False  # It has been staged, or will not be.
+        if not self.is_followed:
+            # What changes later is no fault any more; what has changed is one.
+            self.stepped_key = self.stepped_key or capture.changed()
+        if not stager.follow():
+            return False
+        self.is_followed = True
+        return True
+
+    def note_changes(self) -> None:
+        """Looks whether a source was changed that should not have been."""
+        assert self.capture is not None
+        changed = self.capture.changed()
+        # Asked second: who sets it does so before changing anything.
+        if not self.is_followed:
+            self.stepped_key = self.stepped_key or changed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +133,7 @@ class Saver:
         planners: Threads for planning.
         copiers: Threads for looking at sources once they have been copied.
         emit: Told what happens.
+        devices: What copies from devices, where that is done.
     """
 
     ring: Ring
@@ -102,6 +143,16 @@ class Saver:
     planners: Executor
     copiers: Executor
     emit: Callable[[Event], None]
+    devices: Devices | None = None
+
+    def mark(self, save: FileSave) -> None:
+        """Has `save` staged behind what the calling thread has enqueued on devices.
+
+        Raises:
+            StagingError: It is on a device that cannot be used, or refuses.
+        """
+        if self.devices is not None and save.capture is not None:
+            save.stager = mark(self.devices, self.copiers, save.capture)
 
     async def run(self, save: FileSave, target: str, rank: int) -> None:
         """Makes the file `target` (a path of the storage), complete and durable.
@@ -138,7 +189,8 @@ class Saver:
         finally:
             # Again, on the loop, where no thread could do it: nobody waits for ever.
             self.gate.leave(save)
-            save.capture = None
+            save.capture = save.stager = None
+            save.begun.set()
             save.staged.set()
 
     # --- the steps of `run` ---------------------------------------------------
@@ -164,8 +216,12 @@ class Saver:
     def _make_plan(self, save: FileSave, chunk_bytes: int) -> FilePlan:
         assert save.capture is not None
         plan = make_plan(save.capture, save.path, save.metadata, chunk_bytes)
-        self.stager.check(plan.sources)
+        self.stager_of(save).check(plan.sources)
         return plan
+
+    def stager_of(self, save: FileSave) -> Stager:
+        """What fills the chunks of `save`."""
+        return save.stager or self.stager
 
     async def create(self, save: FileSave, target: str, nbytes: int) -> WriteFile:
         """A new file, in directories that are made where the save's path names any.
@@ -222,7 +278,8 @@ class _Transfer:
         self._plan = plan
         self._file = file
         self._sums = Checksums(plan.num_records, len(plan.chunks))
-        self._num_unfilled = len(plan.chunks)
+        self._num_unbegun = self._num_unfilled = len(plan.chunks)
+        self._stager = saver.stager_of(save)
         save.progress.planned_bytes = plan.nbytes
 
     async def run(self) -> Checksums:
@@ -242,7 +299,9 @@ class _Transfer:
                     task.add_done_callback(functools.partial(_release, lease))
                     turn = next_turn
         except BaseExceptionGroup as failures:
-            raise _first(failures) from failures
+            first = _first(failures)
+            # What was behind it stays so: a device's or the system's own words.
+            raise first from first.__cause__ or failures
         self._save.written_s = perf_counter()
         return self._sums
 
@@ -256,11 +315,7 @@ class _Transfer:
         this one has queued its job.
         """
         try:
-            await self._saver.stager.fill(lease, chunk, self._plan.sources)
-            self._save.progress.staged_bytes += chunk.nbytes
-            self._num_unfilled -= 1
-            if self._num_unfilled == 0:
-                await self._release_sources()
+            await self._fill(chunk, lease)
             await turn.wait()
             next_turn.set()
             padded = -(-chunk.nbytes // _ALIGNMENT) * _ALIGNMENT
@@ -273,15 +328,39 @@ class _Transfer:
             self._sums.abandon()
             raise
 
+    async def _fill(self, chunk: Chunk, lease: Lease) -> None:
+        copying = await self._stager.fill(lease, chunk, self._plan.sources)
+        if copying is not None:
+            try:
+                self._num_unbegun -= 1
+                if self._num_unbegun == 0:
+                    await self._let_go_on()
+            finally:
+                # The lease is the device's until then.
+                await copying.ended()
+        self._save.progress.staged_bytes += chunk.nbytes
+        self._num_unfilled -= 1
+        if self._num_unfilled == 0:
+            await self._release_sources()
+
+    async def _let_go_on(self) -> None:
+        """Checks that what is being copied is one state, and lets the caller go on."""
+        save, saver = self._save, self._saver
+        await run_blocking(saver.copiers, _begin_end, save, saver.gate)
+        self._raise_if_torn()
+        save.begun.set()
+
+    def _raise_if_torn(self) -> None:
+        if self._save.stepped_key is not None:
+            raise _torn(self._save, self._save.stepped_key)
+
     async def _release_sources(self) -> None:
         """Checks that what was copied is one state, and lets go of the sources."""
         save, saver = self._save, self._saver
-        changed = await run_blocking(
-            saver.copiers, _check_sources, save, self._plan, saver.gate
-        )
-        if (key := changed or save.stepped_key) is not None:
-            raise _torn(save, key)
+        await run_blocking(saver.copiers, _check_sources, save, self._plan, saver.gate)
+        self._raise_if_torn()
         save.staged_s = perf_counter()
+        save.begun.set()
         save.staged.set()
         saver.emit(
             Staged(
@@ -290,16 +369,22 @@ class _Transfer:
         )
 
 
-def _check_sources(save: FileSave, plan: FilePlan, gate: StagingGate) -> str | None:
-    """The key of a source that changed, if one did; none is referred to any more."""
-    assert save.capture is not None
-    changed = save.capture.changed()
+def _begin_end(save: FileSave, gate: StagingGate) -> None:
+    """Notes whether a source changed; if none did, lets those go on who wait."""
+    save.note_changes()
+    if save.stepped_key is None:
+        save.is_begun = True
+        gate.look_again()
+
+
+def _check_sources(save: FileSave, plan: FilePlan, gate: StagingGate) -> None:
+    """Notes whether a source changed; none is referred to any more."""
+    save.note_changes()
     # First of all: until then the gate looks at the capture.
     gate.leave(save)
     # Here and not on the loop: freeing many small objects takes a while.
-    save.capture = None
+    save.capture = save.stager = None
     plan.sources.clear()
-    return changed
 
 
 def _release(lease: Lease, _task: asyncio.Task[None]) -> None:

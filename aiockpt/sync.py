@@ -23,6 +23,7 @@ from aiockpt.errors import CheckpointError
 from aiockpt.events import CommitReport, Observer, Progress
 from aiockpt.formats.plain import PlainBytes
 from aiockpt.loader import LoadOptions
+from aiockpt.loop_thread import Call
 from aiockpt.manifest import TagInfo
 from aiockpt.onefile import load_blocking as load
 from aiockpt.onefile import open_blocking as open  # noqa: A004 - as `aiockpt.open`
@@ -56,8 +57,9 @@ class SaveHandle:
         return self._save.progress
 
     def staged(self) -> None:
-        """Returns when every tensor of this file has been copied."""
-        self._runtime.spawn(self._runtime.save_staged(self._save)).result()
+        """Returns when every tensor of this file may be changed again."""
+        runtime = self._runtime
+        _follow(runtime, runtime.spawn(runtime.save_staged(self._save)))
 
     def written(self) -> None:
         """Returns when the file is complete and durable; not yet published."""
@@ -170,10 +172,10 @@ class CheckpointEngine:
         return self.save(PlainBytes.of(data), path, tag=tag)
 
     def staged(self, tag: str | None = None) -> None:
-        """Returns when all that was saved (in `tag`) has been copied."""
+        """Returns when all that was saved (in `tag`) may be changed again."""
         start = perf_counter()
         try:
-            self._runtime.spawn(self._runtime.staged(tag)).result()
+            _follow(self._runtime, self._runtime.spawn(self._runtime.staged(tag)))
         finally:
             self._runtime.add_stall(tag, perf_counter() - start)
 
@@ -341,3 +343,10 @@ class CheckpointEngine:
             self._runtime.stop()
             self._runtime.join()
         raise_untold(untold)
+
+
+def _follow(runtime: Runtime, staged: Call[Sequence[FileSave]]) -> None:
+    """Waits for what is being staged, on the caller's thread as far as need be."""
+    rest = runtime.follow(staged.result())
+    if rest is not None:
+        rest.result()

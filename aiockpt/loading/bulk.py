@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
@@ -24,14 +25,18 @@ from isal.isal_zlib import crc32, crc32_combine
 
 from aiockpt.errors import CorruptCheckpointError
 from aiockpt.loading.arenas import Arena
+from aiockpt.loading.filling import Target
 from aiockpt.loading.reading import Region, compare_header
 from aiockpt.loading.segments import Segment, Tile, segments
 from aiockpt.memory import copy_bytes
 from aiockpt.ring import Lease, Ring
+from aiockpt.staging.devices import Devices, InFlight, failed
+from aiockpt.staging.driver import DeviceCopy, DeviceError
 from aiockpt.storage.base import ReadFile
 from aiockpt.threads import run_blocking
 
 _ALIGNMENT: Final = 4096
+_PURPOSE: Final = "load"
 # A request for memory that is kept; long enough for any disk, short enough to be
 # summed while others read.
 _KEPT_BLOCK_BYTES: Final = 8 << 20
@@ -44,8 +49,8 @@ class Reads(NamedTuple):
         regions: All that is to be read and checked.
         mismatch: Makes the error for a region that does not have its checksum.
         kept: Names of those that are handed out as storages.
-        fills: Addresses in host memory that the bytes of a region are copied to, by
-            the region's name. The memory must outlive the read.
+        fills: Memory that the bytes of a region are copied to, by the region's name.
+            It must outlive the read.
         is_whole: Whether every byte of the file is read, for its checksum.
         progress: Told by the workers the number of further bytes that were read.
     """
@@ -53,7 +58,7 @@ class Reads(NamedTuple):
     regions: Sequence[Region]
     mismatch: Callable[[Region], CorruptCheckpointError]
     kept: Collection[str] = ()
-    fills: Mapping[str, Sequence[int]] = MappingProxyType({})
+    fills: Mapping[str, Sequence[Target]] = MappingProxyType({})
     is_whole: bool = False
     progress: Callable[[int], None] | None = None
 
@@ -75,6 +80,13 @@ class _Block:
     index: int
     offset: int
     nbytes: int
+
+    def pieces(self) -> Iterator[tuple[int, int, int]]:
+        """The tiles in it: `(tile, start, stop)`."""
+        segment = self.run.segment
+        start = max(self.offset, segment.start)
+        stop = min(self.offset + self.nbytes, segment.stop)
+        return self.run.pieces(start, stop)
 
 
 class _Run:
@@ -120,9 +132,18 @@ class BulkRead:
 
     `storage` and `wait` are for the thread that loads, `run` for the engine's loop,
     `stop` for both.
+
+    Attributes:
+        devices: Those, other than the host, whose memory is filled.
     """
 
-    def __init__(self, file: ReadFile, reads: Reads, block_bytes: int) -> None:
+    def __init__(
+        self,
+        file: ReadFile,
+        reads: Reads,
+        block_bytes: int,
+        copiers: Devices | None = None,
+    ) -> None:
         """Plans the read; `run` does it.
 
         Args:
@@ -130,9 +151,17 @@ class BulkRead:
             reads: What to read.
             block_bytes: Length of the longest request that goes through the ring, a
                 multiple of 4096.
+            copiers: What copies to the devices that are to be filled.
         """
         self._file = file
         self._reads = reads
+        self._copiers = copiers
+        self.devices = {
+            target.device
+            for group in reads.fills.values()
+            for target in group
+            if target.device is not None
+        }
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         nbytes = file.nbytes if reads.is_whole else None
@@ -187,6 +216,12 @@ class BulkRead:
         if arena is None:
             return torch.empty(0).untyped_storage()  # There was nothing to read.
         return arena.storage(region.offset - run.base, region.nbytes)
+
+    def wait_for(self, region: Region) -> None:
+        """Blocks until a region has been read, checked, and copied where it belongs."""
+        run = self._run_of[region.name]
+        if not run.is_checked:
+            run.ready.result()
 
     def wait(self) -> int:
         """Blocks until all has been read and checked; errors as those of `storage`.
@@ -256,14 +291,16 @@ class BulkRead:
                 start = block.offset - run.base
                 view = run.arena.view[start : start + block.nbytes]
                 address = run.arena.address + start
-                await run_blocking(workers, self._read, block, view, address)
+                await self._move(workers, block, view, address, is_pinned=False)
                 continue
             lease = await self._lease(ring)
             try:
                 if self._stopped.is_set():
                     return
+                is_pinned = await self._pinned(lease, block.nbytes)
                 view = lease.view[: block.nbytes]
-                await run_blocking(workers, self._read, block, view, lease.address)
+                address = lease.address
+                await self._move(workers, block, view, address, is_pinned=is_pinned)
             finally:
                 lease.release()
 
@@ -276,13 +313,74 @@ class BulkRead:
         finally:
             self._waiting.discard(lane)
 
-    def _read(self, block: _Block, view: memoryview, address: int) -> None:
+    async def _pinned(self, lease: Lease, nbytes: int) -> bool:
+        for device in self.devices:
+            assert self._copiers is not None
+            return await self._copiers.memory.ready(lease.address, nbytes, device)
+        return False
+
+    async def _move(
+        self,
+        workers: concurrent.futures.Executor,
+        block: _Block,
+        view: memoryview,
+        address: int,
+        *,
+        is_pinned: bool,
+    ) -> None:
         """Reads a block to `view`, which is at `address`, and copies what is due."""
+        if not self.devices:
+            await run_blocking(workers, self._read_and_count, block, view, address)
+            return
+        assert self._copiers is not None
+        in_flight = InFlight(self._copiers)
+        land = partial(self._land, in_flight, is_pinned=is_pinned)
+        try:
+            parts = await run_blocking(workers, self._read, block, view, address, land)
+        finally:
+            # Devices read the memory until then.
+            await in_flight.ended()
+        await run_blocking(workers, self._count, block, parts)
+
+    def _land(
+        self,
+        in_flight: InFlight,
+        device: int,
+        copies: Sequence[DeviceCopy],
+        *,
+        is_pinned: bool,
+    ) -> None:
+        assert self._copiers is not None
+        try:
+            stream = self._copiers.stream(device, _PURPOSE)
+            in_flight.copy(
+                device, stream, copies, is_to_host=False, is_pinned=is_pinned
+            )
+        except DeviceError as error:
+            raise failed(device, error) from error
+
+    def _read_and_count(self, block: _Block, view: memoryview, address: int) -> None:
+        self._count(block, self._read(block, view, address))
+
+    def _read(
+        self,
+        block: _Block,
+        view: memoryview,
+        address: int,
+        land: Callable[[int, Sequence[DeviceCopy]], object] | None = None,
+    ) -> list[_Part]:
         with view:
             self._file.read_block(block.offset, view)
-            parts = self._summed(block, view, address)
+            parts = self._summed(block, view)
+        for device, copies in self._copies(block, address).items():
+            assert land is not None
+            land(device, copies)
         if self._reads.progress is not None:
             self._reads.progress(sum(part.nbytes for part in parts))
+        return parts
+
+    def _count(self, block: _Block, parts: list[_Part]) -> None:
+        """Notes that a block is there; the last of its run has the run checked."""
         run = block.run
         with self._lock:
             run.parts[block.index] = parts
@@ -294,11 +392,28 @@ class BulkRead:
             with self._lock, suppress(concurrent.futures.InvalidStateError):
                 run.ready.set_result(None)
 
-    def _summed(self, block: _Block, view: memoryview, address: int) -> list[_Part]:
+    def _copies(self, block: _Block, address: int) -> dict[int, list[DeviceCopy]]:
+        """Copies what stays on the host; what is to be copied to devices, by device."""
+        on_devices: dict[int, list[DeviceCopy]] = {}
+        if not self._reads.fills:
+            return on_devices
+        for index, first, last in block.pieces():
+            tile = block.run.segment.tiles[index]
+            if tile.region is None or tile.is_header:
+                continue
+            source, nbytes = address + first - block.offset, last - first
+            for target in self._reads.fills.get(tile.region.name, ()):
+                to = target.address + first - tile.start
+                if target.device is None:
+                    copy_bytes(to, source, nbytes)
+                else:
+                    piece = DeviceCopy(source, to, nbytes)
+                    on_devices.setdefault(target.device, []).append(piece)
+        return on_devices
+
+    def _summed(self, block: _Block, view: memoryview) -> list[_Part]:
         run, parts = block.run, list[_Part]()
-        start = max(block.offset, run.segment.start)
-        stop = min(block.offset + block.nbytes, run.segment.stop)
-        for index, first, last in run.pieces(start, stop):
+        for index, first, last in block.pieces():
             tile = run.segment.tiles[index]
             at, nbytes = first - block.offset, last - first
             checksum, header = 0, b""
@@ -307,9 +422,6 @@ class BulkRead:
             elif self._is_summed(tile):
                 with view[at : at + nbytes] as piece:
                     checksum = crc32(piece)
-            if tile.region is not None and self._reads.fills and not tile.is_header:
-                for target in self._reads.fills.get(tile.region.name, ()):
-                    copy_bytes(target + first - tile.start, address + at, nbytes)
             parts.append(_Part(index, nbytes, checksum, header))
         return parts
 

@@ -1,14 +1,26 @@
 """Loading into tensors that are already there."""
 
-__all__ = ["Piece", "copy_into", "filling", "is_image", "show"]
+__all__ = ["Piece", "Target", "copy_into", "filling", "is_image", "show"]
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
 from aiockpt.loading.reading import Region
+
+
+class Target(NamedTuple):
+    """Memory that the bytes of a region are copied to.
+
+    Attributes:
+        address: Where it begins.
+        device: The device that has it; None for the host.
+    """
+
+    address: int
+    device: int | None = None
 
 
 class Piece(NamedTuple):
@@ -26,11 +38,17 @@ class Piece(NamedTuple):
     stride: tuple[int, ...]
 
 
-def is_image(piece: Piece, region: Region) -> bool:
-    """Whether the target's memory is to be the region's bytes, all and in order."""
+def is_image(piece: Piece, region: Region, device: int | None = None) -> bool:
+    """Whether the target's memory is to be the region's bytes, all and in order.
+
+    Args:
+        piece: The target.
+        region: The bytes.
+        device: The device, other than the host, that has the target's memory.
+    """
     target = piece.target
     return (
-        target.device.type == "cpu"
+        (device is not None or target.device.type == "cpu")
         and target.is_contiguous()
         and not (target.is_conj() or target.is_neg())
         and target.nbytes == region.nbytes
@@ -53,8 +71,9 @@ def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
 @contextmanager
 def filling(
     targets: Mapping[str, Sequence[torch.Tensor]],
-) -> Generator[dict[str, list[int]]]:
-    """Gives the addresses of contiguous host tensors that are written to meanwhile.
+    device_of: Callable[[torch.Tensor], int | None],
+) -> Generator[dict[str, list[Target]]]:
+    """Gives the memory of contiguous tensors that are written to meanwhile.
 
     Their memory stays where it is, even if a tensor is given other memory (as
     `Module.to` does); unless its storage is resized. Autograd learns of the change,
@@ -64,7 +83,7 @@ def filling(
     storages = [target.untyped_storage() for target in tensors]
     try:
         yield {
-            name: [target.data_ptr() for target in group]
+            name: [Target(tensor.data_ptr(), device_of(tensor)) for tensor in group]
             for name, group in targets.items()
         }
     finally:

@@ -1,6 +1,6 @@
 """Where loaded storages go: `map_location` in every form that `torch.load` takes."""
 
-__all__ = ["MapLocation", "Placement"]
+__all__ = ["MapLocation", "Placement", "resolved"]
 
 from collections.abc import Callable, Mapping
 from typing import cast
@@ -9,6 +9,7 @@ import torch
 from torch.serialization import default_restore_location
 
 from aiockpt.errors import InvalidArgumentError
+from aiockpt.staging.cuda_driver import current_device
 
 MapLocation = (
     str
@@ -17,6 +18,14 @@ MapLocation = (
     | Callable[[torch.UntypedStorage, str], torch.UntypedStorage | None]
     | None
 )
+
+
+def resolved(map_location: MapLocation) -> MapLocation:
+    """The same place, whichever thread is told: "cuda" is the caller's own device."""
+    if isinstance(map_location, str | torch.device) and str(map_location) == "cuda":
+        number = current_device()
+        return map_location if number is None else f"cuda:{number}"
+    return map_location
 
 
 class Placement:
@@ -52,6 +61,10 @@ class Placement:
             case _:
                 # As callables get to see data, only a tag in the file could ask for it.
                 return False
+
+    def target(self, location: str) -> str | None:
+        """Where a storage saved at `location` goes; None where a function decides."""
+        return None if callable(self.map_location) else self._target(location)
 
     def is_meta(self, location: str) -> bool:
         """Whether a storage saved at `location` goes where there is no data."""

@@ -3,6 +3,7 @@
 __all__ = ["SafetensorsLoading", "read_header", "tensor_region"]
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,10 +15,17 @@ from aiockpt.formats.safetensors import (
     header_nbytes,
     parse_header,
 )
-from aiockpt.loading.bulk import Reads
-from aiockpt.loading.filling import Piece, copy_into, filling, is_image, show
+from aiockpt.loading.bulk import BulkRead, Reads
+from aiockpt.loading.filling import (
+    Piece,
+    Target,
+    copy_into,
+    filling,
+    is_image,
+    show,
+)
 from aiockpt.loading.placing import Placement
-from aiockpt.loading.reader import Reader
+from aiockpt.loading.reader import Landing, Reader
 from aiockpt.loading.reading import (
     Fetch,
     Region,
@@ -81,10 +89,28 @@ class SafetensorsLoading:
         if self.placement.is_meta(_LOCATION):
             return {name: _meta(entry) for name, entry in entries.items()}, None
         is_whole = self.is_whole and keys is None
-        reads = self._reads(entries, kept=entries.keys(), is_whole=is_whole)
-        with self.reader.reading(self.file, reads) as bulk:
-            tensors = self._tensors(entries, bulk.storage)
-            return tensors, bulk.wait() if is_whole else None
+        with self._landing(entries) as landings:
+            fills = {name: [landing.target] for name, landing in landings.items()}
+            kept = entries.keys() - landings.keys()
+            reads = self._reads(entries, kept=kept, fills=fills, is_whole=is_whole)
+            with self.reader.reading(self.file, reads) as bulk:
+                tensors = {
+                    name: self._landed(entry, landings[name], bulk)
+                    if name in landings
+                    else self._tensor(entry, bulk.storage)
+                    for name, entry in entries.items()
+                }
+                return tensors, bulk.wait() if is_whole else None
+
+    def _landing(
+        self, entries: Mapping[str, TensorEntry]
+    ) -> AbstractContextManager[dict[str, Landing]]:
+        """Memory for the tensors, where they go to a device through the ring."""
+        # Where a function decides, it has to see the tensor first.
+        target = self.placement.target(_LOCATION)
+        names = entries if target is not None else ()
+        sizes = {name: entry.nbytes for name, entry in entries.items()}
+        return self.reader.landing(dict.fromkeys(names, target or ""), sizes)
 
     def keys(self) -> list[str]:
         """The names of all tensors."""
@@ -122,33 +148,35 @@ class SafetensorsLoading:
         indirect: dict[str, Piece] = {}
         for name, entry in entries.items():
             piece = Piece(tensors[name], 0, _row_major(entry.shape))
-            if is_image(piece, tensor_region(entry)):
+            device = self.reader.device_of(piece.target)
+            if is_image(piece, tensor_region(entry), device):
                 direct[name] = [piece.target]
             else:
                 indirect[name] = piece
         is_whole = self.is_whole and targets.is_strict and not is_chosen
         read = entries if is_whole else {name: entries[name] for name in direct}
-        with filling(direct) as addresses:
-            reads = self._reads(read, fills=addresses, is_whole=is_whole)
+        with filling(direct, self.reader.device_of) as filled:
+            reads = self._reads(read, fills=filled, is_whole=is_whole)
             with self.reader.reading(self.file, reads) as bulk:
                 total = bulk.wait()
         for name, piece in indirect.items():
             self._fill_by_copy(entries[name], piece)
-        filled = {name: tensors[name] for name in entries}
-        return filled, total if is_whole else None
+        return {name: tensors[name] for name in entries}, total if is_whole else None
 
     def _fill_by_copy(self, entry: TensorEntry, piece: Piece) -> None:
         # One after the other, so that only one is in memory twice.
         reads = self._reads({entry.name: entry}, kept=(entry.name,), is_whole=False)
         with self.reader.reading(self.file, reads) as bulk:
-            copy_into(piece.target, show(bulk.storage(tensor_region(entry)), piece))
+            storage = bulk.storage(tensor_region(entry))
+            with self.reader.settling([piece.target]):
+                copy_into(piece.target, show(storage, piece))
 
     def _reads(
         self,
         entries: Mapping[str, TensorEntry],
         *,
         kept: Collection[str] = (),
-        fills: Mapping[str, Sequence[int]] | None = None,
+        fills: Mapping[str, Sequence[Target]] | None = None,
         is_whole: bool,
     ) -> Reads:
         return Reads(
@@ -173,9 +201,19 @@ class SafetensorsLoading:
         if entry.start % entry.dtype.itemsize:
             # The format allows it, and readers of such memory do not expect it.
             storage = storage.clone()  # type: ignore[no-untyped-call]
-        storage = self.placement.place(storage, _LOCATION)
-        flat = torch.empty(0, dtype=entry.dtype, device=storage.device)
-        return flat.set_(storage, 0, entry.shape, _row_major(entry.shape))
+        return _shown(self.placement.place(storage, _LOCATION), entry)
+
+    def _landed(
+        self, entry: TensorEntry, landing: Landing, bulk: BulkRead
+    ) -> torch.Tensor:
+        bulk.wait_for(tensor_region(entry))
+        return _shown(landing.storage, entry)
+
+
+def _shown(storage: torch.UntypedStorage, entry: TensorEntry) -> torch.Tensor:
+    """The tensor in a storage that holds its bytes."""
+    flat = torch.empty(0, dtype=entry.dtype, device=storage.device)
+    return flat.set_(storage, 0, entry.shape, _row_major(entry.shape))
 
 
 def _meta(entry: TensorEntry) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 __all__ = ["StorageLoader"]
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ class StorageLoader:
         fetch: Fetch,
         placement: Placement,
         substitutes: Sequence[object] = (),
+        landings: Collection[str] = (),
     ) -> None:
         """Fetches nothing yet.
 
@@ -45,12 +46,14 @@ class StorageLoader:
             fetch: Gets the bytes of one.
             placement: Where storages go.
             substitutes: What integer references stand for.
+            landings: Names of records that are fetched to where they belong.
         """
         self.failure: Exception | None = None
         self._records = records
         self._fetch = fetch
         self._placement = placement
         self._substitutes = substitutes
+        self._landings = landings
         self._placed: dict[str, _Placed] = {}
         self._typed: dict[tuple[str, torch.dtype], torch.TypedStorage] = {}
 
@@ -137,7 +140,9 @@ class StorageLoader:
                 check_header(self._records.file, region)
                 storage = _meta_storage(region)
             else:
-                storage = self._placement.place(self._fetch(region), location)
+                storage = self._fetch(region)
+                if region.name not in self._landings:
+                    storage = self._placement.place(storage, location)
             placed = _Placed(storage, storage.nbytes(), nbytes)
             self._placed[key] = placed
         return placed.storage

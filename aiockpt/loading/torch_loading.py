@@ -3,16 +3,26 @@
 __all__ = ["TorchLoading"]
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, cast
 
 import torch
 
 from aiockpt.errors import CorruptCheckpointError, InvalidArgumentError
 from aiockpt.loading.bulk import BulkRead, Reads
-from aiockpt.loading.filling import Piece, copy_into, filling, is_image, show
+from aiockpt.loading.filling import (
+    Piece,
+    Target,
+    copy_into,
+    filling,
+    is_image,
+    show,
+)
 from aiockpt.loading.placing import Placement
-from aiockpt.loading.reader import Reader
+from aiockpt.loading.reader import Landing, Reader
 from aiockpt.loading.reading import (
     Fetch,
     Region,
@@ -32,10 +42,12 @@ from aiockpt.loading.selecting import (
 from aiockpt.loading.storages import StorageLoader
 from aiockpt.loading.torch_file import TorchFile, storage_record
 from aiockpt.loading.unpickling import Unpickling
-from aiockpt.outline import TensorOutline, emit, storage_keys
+from aiockpt.outline import TensorOutline, emit, leaves, storage_keys
 
 # Of the widest element, complex128.
 _ALIGNMENT_BYTES: Final = 16
+
+_NO_LANDINGS: Final[Mapping[str, Landing]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +79,8 @@ class TorchLoading:
             return self._run(data, self._fetch(None)), None
         names = [*self.records.entries]
         kept = {name for name in names if name.startswith(storage_record(""))}
-        reads = self._reads(names if self.is_whole else kept, kept)
-        with self.reader.reading(self.records.file, reads) as bulk:
-            made = self._run(data, self._fetch(bulk))
-            return made, bulk.wait() if self.is_whole else None
+        read = names if self.is_whole else kept
+        return self._read(data, read, kept, is_whole=self.is_whole)
 
     def load_keys(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         """Returns the tensors named, by key path; reads nothing of the others."""
@@ -117,20 +127,81 @@ class TorchLoading:
         pickle = emit(shown, like=self.records.pickle, substitutes=numbers)
         substitutes = [tensors[key] for key in nodes]
         result = self._run(pickle, self._fetch(None), substitutes)
-        for key, source in sources.items():
-            self._copy(key, source, tensors[key])
+        with self.reader.settling(tensors[key] for key in sources):
+            for key, source in sources.items():
+                self._copy(key, source, tensors[key])
         return result, self._fill(fills, is_whole=self.is_whole and is_all)
 
     def _run(
-        self, data: bytes, fetch: Fetch, substitutes: Sequence[object] = ()
+        self,
+        data: bytes,
+        fetch: Fetch,
+        substitutes: Sequence[object] = (),
+        landings: Collection[str] = (),
     ) -> object:
-        storages = StorageLoader(self.records, fetch, self.placement, substitutes)
+        storages = StorageLoader(
+            self.records, fetch, self.placement, substitutes, landings
+        )
         return self.unpickling.run(data, storages)
 
-    def _fetch(self, bulk: BulkRead | None) -> Fetch:
+    def _read(
+        self,
+        pickle: bytes,
+        names: Iterable[str],
+        kept: AbstractSet[str],
+        *,
+        is_whole: bool,
+    ) -> tuple[object, int | None]:
+        """Runs a pickle while records are read, those that it refers to among them.
+
+        Args:
+            pickle: What to run.
+            names: The records.
+            kept: Those of storages that it refers to.
+            is_whole: Whether that is the whole file, whose CRC-32 is then returned.
+        """
+        with self._landing(kept, pickle) as landings:
+            fills = {name: [landing.target] for name, landing in landings.items()}
+            reads = self._reads(names, kept - landings.keys(), fills, is_whole=is_whole)
+            with self.reader.reading(self.records.file, reads) as bulk:
+                fetch = self._fetch(bulk, landings)
+                made = self._run(pickle, fetch, landings=landings)
+                return made, bulk.wait() if is_whole else None
+
+    def _landing(
+        self, names: Collection[str], pickle: bytes
+    ) -> AbstractContextManager[dict[str, Landing]]:
+        """Memory for those storage records that go to a device through the ring.
+
+        Args:
+            names: Records of storages.
+            pickle: What refers to them.
+        """
+        targets = dict[str, str]()
+        match self.placement.map_location:
+            case str() | torch.device():
+                targets = dict.fromkeys(names, str(self.placement.map_location))
+            case None | Mapping() if b"cuda" in pickle or self.placement.map_location:
+                for _, node in leaves(self.records.root):
+                    if is_plain(node) and node.storage_key is not None:
+                        target = self.placement.target(node.device)
+                        if target is not None:
+                            targets[storage_record(node.storage_key)] = target
+            case _:
+                pass  # A function decides, which has to see the storage first.
+        targets = {name: target for name, target in targets.items() if name in names}
+        sizes = {name: self.records.region(name).nbytes for name in targets}
+        return self.reader.landing(targets, sizes)
+
+    def _fetch(
+        self, bulk: BulkRead | None, landings: Mapping[str, Landing] = _NO_LANDINGS
+    ) -> Fetch:
         """Takes storages from the bulk read, and reads what is not in it."""
 
         def fetch(region: Region) -> torch.UntypedStorage:
+            if bulk is not None and region.name in landings:
+                bulk.wait_for(region)
+                return landings[region.name].storage
             if bulk is not None and bulk.holds(region):
                 storage = bulk.storage(region)
                 # torch aligns records; who repacked the file may not have done so.
@@ -146,7 +217,7 @@ class TorchLoading:
         self,
         names: Iterable[str],
         kept: Collection[str],
-        fills: Mapping[str, Sequence[int]] | None = None,
+        fills: Mapping[str, Sequence[Target]] | None = None,
         *,
         is_whole: bool | None = None,
     ) -> Reads:
@@ -170,9 +241,7 @@ class TorchLoading:
             found = (key for node in nodes.values() for key in storage_keys(node))
             names = dict.fromkeys(map(storage_record, found))
             kept = names.keys() & self.records.entries.keys()
-            reads = self._reads(kept, kept, is_whole=False)
-            with self.reader.reading(self.records.file, reads) as bulk:
-                made = self._run(pickle, self._fetch(bulk))
+            made, _ = self._read(pickle, kept, kept, is_whole=False)
         return cast("dict[str, torch.Tensor]", made)
 
     def _tensors(self, keys: Sequence[str] | None) -> dict[str, object]:
@@ -203,11 +272,14 @@ class TorchLoading:
         direct = {
             name: [piece.target for piece in pieces]
             for name, (region, pieces) in fills.items()
-            if all(is_image(piece, region) for piece in pieces)
+            if all(
+                is_image(piece, region, self.reader.device_of(piece.target))
+                for piece in pieces
+            )
         }
         names = self.records.entries if is_whole else direct
-        with filling(direct) as addresses:
-            reads = self._reads(names, (), addresses, is_whole=is_whole)
+        with filling(direct, self.reader.device_of) as targets:
+            reads = self._reads(names, (), targets, is_whole=is_whole)
             with self.reader.reading(self.records.file, reads) as bulk:
                 total = bulk.wait()
         for name, (region, pieces) in fills.items():
@@ -221,8 +293,9 @@ class TorchLoading:
         reads = self._reads(names, names, is_whole=False)
         with self.reader.reading(self.records.file, reads) as bulk:
             storage = bulk.storage(region)
-            for piece in pieces:
-                copy_into(piece.target, show(storage, piece))
+            with self.reader.settling(piece.target for piece in pieces):
+                for piece in pieces:
+                    copy_into(piece.target, show(storage, piece))
 
     def _copy(self, key: str, source: torch.Tensor, target: torch.Tensor) -> None:
         try:

@@ -1,12 +1,12 @@
 """Staging of tensors in host memory: plain memory copies in a thread."""
 
-__all__ = ["HostStager"]
+__all__ = ["HostStager", "copy_host_piece", "copy_literals"]
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
 
 from aiockpt.errors import StagingError
-from aiockpt.image import Chunk
+from aiockpt.image import Chunk, Copy
 from aiockpt.memory import copy_bytes
 from aiockpt.ring import Lease
 from aiockpt.staging.base import Source
@@ -29,18 +29,28 @@ class HostStager:
                 raise StagingError(message)
 
     async def fill(self, lease: Lease, chunk: Chunk, sources: Sequence[Source]) -> None:
-        """See `Stager.fill`."""
+        """See `Stager.fill`; the chunk is filled when this returns."""
         await run_blocking(self._copiers, _fill, lease, chunk, sources)
 
 
 def _fill(lease: Lease, chunk: Chunk, sources: Sequence[Source]) -> None:
+    copy_literals(lease, chunk)
+    for copy in chunk.copies:
+        copy_host_piece(lease, copy, sources[copy.record])
+
+
+def copy_literals(lease: Lease, chunk: Chunk) -> None:
+    """Puts the chunk's known bytes where they belong."""
     view = lease.view
     for at, data in chunk.literals:
         view[at : at + len(data)] = data
-    for at, record, start, nbytes in chunk.copies:
-        source = sources[record]
-        if isinstance(source, bytes):
-            view[at : at + nbytes] = source[start : start + nbytes]
-            continue
+
+
+def copy_host_piece(lease: Lease, copy: Copy, source: Source) -> None:
+    """Puts a record's piece, which is in host memory, where it belongs."""
+    at, _, start, nbytes = copy
+    if isinstance(source, bytes):
+        lease.view[at : at + nbytes] = source[start : start + nbytes]
+    else:
         address = source.storage.data_ptr() + source.start + start
         copy_bytes(lease.address + at, address, nbytes)

@@ -20,7 +20,15 @@ class Save:
     def __init__(self) -> None:
         self.stall_s = 0.0
         self.is_free = False
+        self.is_begun = False
+        self.num_hurried = 0
         self.touched: list[set[int]] = []
+
+    def hurry(self) -> None:
+        self.num_hurried += 1
+
+    def follow(self) -> bool:
+        return self.is_begun
 
     def note_step(self, touched: set[int]) -> None:
         self.touched.append(touched)

@@ -28,7 +28,7 @@ def ring() -> Iterator[Ring]:
 
 
 def index_of(ring: Ring, lease: Lease) -> int:
-    return (lease.address - ring._address) // ring.chunk_bytes
+    return (lease.address - ring.address) // ring.chunk_bytes
 
 
 async def lease_all(ring: Ring) -> list[Lease]:
@@ -154,7 +154,7 @@ def mappings(ring: Ring) -> list[str]:
     found: list[str] = []
     for block in filter(None, blocks):
         start, stop = (int(word, 16) for word in block.split()[0].split("-"))
-        if start < ring._address + ring.capacity_bytes and ring._address < stop:
+        if start < ring.address + ring.capacity_bytes and ring._address < stop:
             found.append(block)
     return found
 
