@@ -64,6 +64,8 @@ def test_there_are_blocks_to_run():
     assert sum(len(runnable(page)) for page in BLOCKS) >= 40
 
 
+# Each command that a page runs is an interpreter that imports torch.
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", [page for page in BLOCKS if runnable(page)])
 def test_the_blocks_of_a_page_run_without_a_warning_and_print_what_is_shown(
     page, tmp_path

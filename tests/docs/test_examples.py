@@ -11,6 +11,9 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
+# Interpreters that import torch, and more, one or two at a time.
+pytestmark = pytest.mark.timeout(300)
+
 
 def run(name: str, *arguments: object, status: int = 0) -> str:
     """What an example prints."""
@@ -81,8 +84,6 @@ def test_the_trainer_run_goes_on(root):
     assert tags(root) == {"checkpoint-30", "checkpoint-40"}
 
 
-# Four interpreters that import DeepSpeed, two at a time.
-@pytest.mark.timeout(300)
 @pytest.mark.dist
 def test_the_deepspeed_run_goes_on(root):
     need("deepspeed")
