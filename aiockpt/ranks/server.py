@@ -133,14 +133,13 @@ class _Guest(Connection[FromMember]):
         super().connection_made(transport)
         self._server.welcome(self)
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(_GREETING_S, self._tire)
+        self._timer = loop.call_later(_GREETING_S, self.abort)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._server.dismiss(self)
-        if self._timer is not None:
-            self._timer.cancel()
+        self._stop_timer()
         if self._is_member and self._rank is not None:
             self._hub.leave(self._rank, "lost")
 
@@ -171,11 +170,13 @@ class _Guest(Connection[FromMember]):
             raise ProtocolError(text)
         self._hub.check_rank(hello.rank)
         self._rank = hello.rank
+        # It belongs to the job: however slow it is from here on, it is waited for.
+        self._stop_timer()
         self.send(Welcome())
 
-    def _tire(self) -> None:
-        if not self._is_member:
-            self.abort()
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class _Listener(socket.socket):

@@ -238,6 +238,26 @@ def commit_in_places(
         return before, first, tags, latest, again, own["rank"], other
 
 
+def save_as_job(rank: int, world_size: int, root: str, tag: str) -> Any:
+    """A tag with a file of each rank."""
+    with aiockpt.sync.CheckpointEngine(root, RING) as engine:
+        return save_all(engine, tag, rank)["files"]
+
+
+def look_around(rank: int, world_size: int, root: str) -> Any:
+    """What a job of any size finds: every tag, and what each of its files holds."""
+    with aiockpt.sync.CheckpointEngine(root, RING) as engine:
+        found = {
+            info.tag: {
+                entry.path: engine.load(entry.path, tag=info.tag)["rank"]
+                for entry in info.files
+            }
+            for info in engine.tags()
+        }
+        sizes = [info.world_size for info in engine.tags()]
+        return engine.latest(), engine.load("rank0.pt")["rank"], sizes, found
+
+
 def load_common(rank: int, world_size: int, root: str) -> Any:
     """Rank 1's look at `latest` is a lie; all load from the tag that rank 0 sees."""
     with aiockpt.sync.CheckpointEngine(root, RING) as engine:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from aiockpt.cli import app
 from aiockpt.testing.roots import assert_root_consistent
 from jobs import Jobs
 
@@ -159,6 +161,8 @@ def test_each_node_publishes_what_lies_on_its_own_disk(jobs, tmp_path):
         assert_root_consistent(
             f"{directory}/runs", acked=["before", "a"], is_swept=True
         )
+        verified = CliRunner().invoke(app, ["verify", f"{directory}/runs"])
+        assert verified.exit_code == 0, verified.output
         files = {name for name in os.listdir(f"{directory}/runs/a") if name[0] != "."}
         assert files == {f"rank{rank}.pt" for rank in ranks}
     for rank, (_, _, tags, latest, _, own, other) in enumerate(results):
@@ -184,6 +188,33 @@ def test_a_node_that_cannot_publish_keeps_all_others_from_it(jobs, tmp_path, bro
         assert_root_consistent(
             f"{directory}/runs", acked=["before", "a"], is_swept=True
         )
+
+
+def test_a_job_of_another_size_opens_lists_verifies_and_loads(jobs, root):
+    for world_size, tag in ((4, "a"), (1, "b"), (3, "c")):
+        files = jobs.run("ranks.acts:save_as_job", world_size, root=root, tag=tag)
+        assert files == [world_size] * world_size
+        expected = ["c", 0, [4, 1, 3], tag_files(a=4, b=1, c=3)]
+    for world_size in (1, 2):
+        found = jobs.run("ranks.acts:look_around", world_size, root=root)
+        assert found == [expected] * world_size
+    assert_root_consistent(root, acked=["a", "b", "c"], is_swept=True)
+    for tag in "abc":
+        assert CliRunner().invoke(app, ["verify", f"{root}/{tag}"]).exit_code == 0
+    with open(f"{root}/a/rank3.pt", "r+b") as file:
+        file.seek(600)
+        file.write(b"\xff" * 8)
+    verified = CliRunner().invoke(app, ["verify", f"{root}/a"])
+    assert verified.exit_code != 0
+    assert "rank3.pt" in verified.output
+
+
+def tag_files(**counts: int) -> dict[str, dict[str, int]]:
+    """The files of each tag, and which rank saved them."""
+    return {
+        tag: {f"rank{rank}.pt": rank for rank in range(count)}
+        for tag, count in counts.items()
+    }
 
 
 def test_all_ranks_load_from_the_tag_that_is_the_latest_for_rank_0(jobs, root):

@@ -117,10 +117,8 @@ class Crew(list[OneRank]):
 
 
 @contextlib.asynccontextmanager
-async def crew(
-    roots: Sequence[Path], planners: WorkerPool, timeout_s: float = LIMIT_S
-) -> AsyncIterator[Crew]:
-    async with star(len(roots), timeout_s) as job:
+async def crew(roots: Sequence[Path], planners: WorkerPool) -> AsyncIterator[Crew]:
+    async with star(len(roots), LIMIT_S) as job:
         ranks = Crew(
             OneRank(root, member, planners)
             for root, member in zip(roots, job.members, strict=True)
@@ -387,22 +385,34 @@ async def test_what_comes_into_a_tag_that_is_taken_back_stays(
     assert (directory / "late").read_bytes() == b"2"
 
 
+def expire(ranks: Crew) -> None:
+    """The time is over for whoever is deciding."""
+    hub = ranks[0].ranks._door._star.server.hub
+    for instance in [each for open_ in hub._open.values() for each in open_]:
+        assert instance.is_deciding
+        hub._expire(instance)
+
+
 async def test_a_rank_0_that_takes_too_long_is_asked_afterwards_what_it_did(
     tmp_path, monkeypatch, planners
 ):
-    async with crew([tmp_path / "runs"] * 2, planners, 0.2) as ranks:
+    async with crew([tmp_path / "runs"] * 2, planners) as ranks:
         attempts = await ranks.opened()
-        seen = threading.Event()
+        shown, seen = threading.Event(), threading.Event()
         publish = ranks[0].catalog.publish
 
         def publish_late(*args: Any, **kwargs: Any) -> Any:
             manifest = publish(*args, **kwargs)
+            shown.set()
             assert seen.wait(LIMIT_S)
             return manifest
 
         monkeypatch.setattr(ranks[0].catalog, "publish", publish_late)
         late = asyncio.create_task(attempts[0].commit())
-        (failure,) = await ranks.commit(attempts[1:])
+        other = asyncio.create_task(ranks.commit(attempts[1:]))
+        await settled(shown.is_set)
+        expire(ranks)
+        (failure,) = await other
         seen.set()
         await late
         for each in (failure, attempts[0].failure):
@@ -414,11 +424,14 @@ async def test_a_place_keeps_what_it_shows_where_rank_0_took_too_long(
     tmp_path, monkeypatch, planners
 ):
     roots = [tmp_path / "r0", tmp_path / "r1"]
-    async with crew(roots, planners, 0.2) as ranks:
+    async with crew(roots, planners) as ranks:
         attempts = await ranks.opened()
-        with held(monkeypatch, ranks[0].catalog, "publish"):
+        with held(monkeypatch, ranks[0].catalog, "publish") as gate:
             late = asyncio.create_task(attempts[0].commit())
-            await ranks.commit(attempts[1:])
+            other = asyncio.create_task(ranks.commit(attempts[1:]))
+            await ranks[0].blocking(gate.wait_reached)
+            expire(ranks)
+            await other
         await late
         assert await ranks.each(OneRank.tags) == [["a"]] * 2
 

@@ -26,6 +26,7 @@ from aiockpt.ranks.messages import (
     Welcome,
     Withdrawal,
     Word,
+    Words,
     framed,
 )
 from aiockpt.ranks.server import HubServer
@@ -135,8 +136,21 @@ async def test_a_connection_that_says_nothing_is_dropped(monkeypatch):
     monkeypatch.setattr("aiockpt.ranks.server._GREETING_S", 0.01)
     async with star(3) as job:
         assert await said_to(job.server.port) == b""
-        assert await said_to(job.server.port, framed(HELLO)) == framed(Welcome())
         assert await consult_all(job.members, "t") == [b"0|1|2"] * 3
+
+
+async def test_a_member_may_take_its_time_once_it_has_said_who_it_is(monkeypatch):
+    monkeypatch.setattr("aiockpt.ranks.server._GREETING_S", 0.01)
+    async with star(3) as job:
+        reader, writer = await asyncio.open_connection("127.0.0.1", job.server.port)
+        writer.write(framed(HELLO))
+        await reader.readexactly(len(framed(Welcome())))
+        # One that came later has been dropped.
+        assert await said_to(job.server.port) == b""
+        writer.write(framed(Join()) + framed(Word(1, "t", b"one", (1,))))
+        answer = await reader.readexactly(len(framed(Words(1, [b"one"]))))
+        assert answer == framed(Words(1, [b"one"]))
+        writer.close()
 
 
 @pytest.mark.parametrize(
