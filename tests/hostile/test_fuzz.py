@@ -140,9 +140,7 @@ def end_records(draw: st.DrawFn) -> dict[str, dict[str, int]]:
 
 
 @more_examples
-@given(
-    all_records=records_of_a_file(), ends=end_records(), gap=st.binary(max_size=40)
-)
+@given(all_records=records_of_a_file(), ends=end_records(), gap=st.binary(max_size=40))
 def test_a_file_of_lies_is_read_or_refused(cases, all_records, ends, gap):
     data = zip_file(all_records, gap=gap, **ends)
     with cases.case(16, FUZZED, "a file of lies"):
