@@ -89,15 +89,21 @@ def fuzz(session: nox.Session) -> None:
         session.run("python", script, target, "--seconds", *seconds)
 
 
-FAULT_PROGRAMS = ("losetup", "mkfs.btrfs", "mkfs.ext4", "mkfs.xfs", "mount", "strace")
+FAULT_PROGRAMS = (
+    *("losetup", "mkfs.btrfs", "mkfs.ext4", "mkfs.xfs", "mount", "strace"),
+    *("chattr", "fsfreeze", "ip", "iptables", "tc"),
+)
 
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """The fault matrix at its long counts, as root; writes `docs/faults.md`."""
+    """The fault matrix at its long counts, as root; writes `docs/faults.md`.
+
+    `--faults-share 0.1` as argument: a tenth of them.
+    """
     missing = [name for name in FAULT_PROGRAMS if shutil.which(name) is None]
     if os.geteuid() != 0 or missing:
-        packages = "xfsprogs btrfs-progs libfuse2 strace"
+        packages = "xfsprogs btrfs-progs libfuse2 strace iproute2 iptables"
         session.error(f"this needs root and {packages}; missing: {missing}")
     install(session, "dev")
     session.install("mfusepy")
@@ -105,7 +111,8 @@ def faults(session: nox.Session) -> None:
     results = str(session.run(*begin, silent=True)).strip()
     peers = ("python", "-m", "faults.peers", results)
     try:
-        session.run("pytest", "tests/faults", "--faults", f"--faults-report={results}")
+        rows = ("tests/faults", "tests/hostile", *session.posargs)
+        session.run("pytest", *rows, "--faults", f"--faults-report={results}")
         session.run(*peers, env={"PYTHONPATH": "tests"})
     finally:
         report = ("tests/faults/report.py", "write", results, "docs/faults.md")

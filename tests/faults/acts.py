@@ -73,7 +73,7 @@ CUTS["everything is dropped for a second"] = CUTS["everything is dropped"]
 CLONE_NEWNET = 0x40000000
 
 
-def be_cut_off(  # noqa: PLR0913 - the request of a test
+def be_cut_off(  # noqa: PLR0913, PLR0917 - the request of a test
     rank: int,
     world_size: int,
     root: str,

@@ -13,7 +13,7 @@ import pytest
 
 from crashing import Server
 from faults.driver import make_template
-from faults.matrix import Cases, cases_of, counted
+from faults.matrix import Cases, Report, cases_of, counted
 from jobs import Jobs
 
 
@@ -25,11 +25,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the long counts of the fault matrix; what cannot run fails",
     )
     group.addoption(
+        "--faults-share",
+        type=float,
+        default=1.0,
+        help="do this part of the long counts",
+    )
+    group.addoption(
         "--faults-report",
         type=Path,
         metavar="PATH",
         help="add the counts of the fault matrix to this file, as JSON lines",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--faults-report", default=None)
+    if path is not None:
+        config.pluginmanager.register(Report(cases_of(config), path))
 
 
 def pytest_collection_modifyitems(
@@ -59,12 +71,6 @@ def pytest_terminal_summary(
             counts = f"{line['survived']}/{line['cases']}"
             name = f"{line['row']:>3}  {line['name']}: {line['fault']}"
             terminalreporter.line(f"{name:<70} {counts:>12}")
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--faults-report", default=None)
-    if path is not None:
-        cases_of(session.config).write(path)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,11 +45,14 @@ class Cases:
 
     Attributes:
         is_long: Whether this is the long run.
+        share: What part of the long counts it does, where that is more than the
+            ordinary ones.
         num_run: Cases begun, by row and fault.
         num_survived: Of these, the ones in which everything held.
     """
 
     is_long: bool
+    share: float = 1.0
     num_run: Counter[tuple[int, str]] = field(default_factory=Counter)
     num_survived: Counter[tuple[int, str]] = field(default_factory=Counter)
 
@@ -65,8 +69,10 @@ class Cases:
         self.num_survived[row, fault] += 1
 
     def pick(self, ordinary: int, long: int) -> int:
-        """How many of something this run does."""
-        return long if self.is_long else ordinary
+        """How many of something this run does; or its step, which is then smaller."""
+        if not self.is_long or (long < ordinary and self.share < 1):
+            return ordinary
+        return long if long < ordinary else max(ordinary, int(self.share * long))
 
     def lines(self) -> Iterator[dict[str, object]]:
         """One record for each kind of fault."""
@@ -80,10 +86,30 @@ class Cases:
                 "run": "long" if self.is_long else "ordinary",
             }
 
-    def write(self, path: Path) -> None:
-        """Adds the records to a file of JSON lines."""
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self.lines())
+
+class Report:
+    """Adds counts to a file of JSON lines after each test.
+
+    So what was run stands there, whatever ends the rest.
+    """
+
+    def __init__(self, cases: Cases, path: Path) -> None:
+        self._cases = cases
+        self._path = path
+        self._told: Counter[tuple[object, object, str]] = Counter()
+
+    def pytest_runtest_logfinish(self) -> None:
+        """Adds what was counted since the test before."""
+        with self._path.open("a", encoding="utf-8") as file:
+            for line in self._cases.lines():
+                if any([self._take(line, "cases"), self._take(line, "survived")]):
+                    file.write(json.dumps(line) + "\n")
+
+    def _take(self, line: dict[str, Any], count: str) -> int:
+        key = line["row"], line["fault"], count
+        self._told[key], before = line[count], self._told[key]
+        line[count] -= before
+        return line[count]
 
 
 _COUNT = pytest.StashKey[Cases]()
@@ -93,7 +119,8 @@ def cases_of(config: pytest.Config) -> Cases:
     """The one count of a test run."""
     # Read late: without a path on the command line conftest is loaded after that.
     is_long = config.getoption("--faults", default=False)
-    return config.stash.setdefault(_COUNT, Cases(is_long))
+    share = config.getoption("--faults-share", default=1.0)
+    return config.stash.setdefault(_COUNT, Cases(is_long, share))
 
 
 def counted(item: pytest.Item) -> AbstractContextManager[object]:

@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 
+from aiockpt import catalog
+from aiockpt.agreement import Agreement, Share
 from aiockpt.attempt import Attempt
 from aiockpt.catalog import Catalog
 from aiockpt.errors import UnsafePickleError
+from aiockpt.leases import Leases
 from aiockpt.loading.unpickling import Unpickling
 from aiockpt.runtime import Runtime
 from aiockpt.storage import local
@@ -236,3 +239,33 @@ def errors_of_the_disk_swallowed(patch: pytest.MonkeyPatch) -> None:
             return len(view)
 
     patch.setattr(WriteFile, "_write_once", write_or_not)
+
+
+# --- what came later --------------------------------------------------------------
+
+
+def failure_of_a_rank_told_to_nobody(patch: pytest.MonkeyPatch) -> None:
+    async def refuse(_agreement: Agreement, _error: Exception, _phase: str) -> None:
+        pass
+
+    patch.setattr(Agreement, "refuse", refuse)
+
+
+def published_before_all_ranks_have_told(patch: pytest.MonkeyPatch) -> None:
+    publish = Agreement.publish
+
+    async def publish_own(agreement: Agreement, share: Share) -> object:
+        if agreement.is_publisher:
+            await agreement._show(share.files)
+        return await publish(agreement, share)
+
+    patch.setattr(Agreement, "publish", publish_own)
+
+
+def leases_not_looked_at(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Leases, "check_unread", lambda _leases, _tag: None)
+
+
+def files_of_others_left_behind(patch: pytest.MonkeyPatch) -> None:
+    for name in ("adopt", "adopt_late"):
+        patch.setattr(catalog, name, lambda *_: None)

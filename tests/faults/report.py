@@ -29,18 +29,28 @@ TOOLS = {
     1: "calls intercepted in the process",
     2: "calls intercepted in the process",
     3: "SIGKILL in a forked process",
+    4: "SIGKILL in a job of four processes",
     5: "shutdown ioctl on a loop image; btrfs: copied image",
     6: "log of a FUSE disk, replayed on loop images",
     7: "calls intercepted; thin loop images",
     8: "asyncio",
     9: "edited files; calls intercepted",
+    10: "small and forbidden file systems, limits of the process",
     11: "calls intercepted; cgroup",
-    12: "calls intercepted; fsfreeze",
+    12: "calls intercepted; fsfreeze, blkio, SIGSTOP",
     13: "processes, threads and tasks",
+    14: "iptables and tc between two network namespaces",
+    16: "a catalogue of files; hypothesis",
     17: "SIGKILL and errno, one after the other",
     18: "loop images, tmpfs, ramfs, overlay",
     20: "aiockpt broken on purpose",
     21: "one process",
+}
+# The rows of the matrix that are not here, and why.
+NOT_RUN = {
+    15: "object stores: aiockpt writes to file systems only, so there is nothing to test",
+    19: "device-mapper faults and a stopped NFS server, which take a kernel of their own "
+    "(User-mode Linux): not run",
 }
 LOST = ("missing", "older", "unreadable", "wrong", "torn")
 SEEN = ("detected", "harmless", "undetected")
@@ -119,6 +129,11 @@ flush, in part and in any order.
 
 """
 
+OTHERS = """
+Not in this table are
+
+"""
+
 PEERS = """
 ## Beside its peers
 
@@ -143,11 +158,23 @@ error, *harmless* where what was saved is loaded all the same, or *undetected*.
 """
 
 
+def merged(rows: Iterable[Record]) -> list[Record]:
+    """One record for each kind of fault; several runs may have added to one."""
+    found: dict[tuple[int, str, str], Record] = {}
+    for record in rows:
+        key = record["row"], record["fault"], record["run"]
+        if key not in found:
+            found[key] = {**record, "cases": 0, "survived": 0}
+        for count in ("cases", "survived"):
+            found[key][count] += record[count]
+    return [found[key] for key in sorted(found)]
+
+
 def page(records: Sequence[Record], source: str) -> str:
     """The page of these records."""
     rows = [record for record in records if "row" in record]
     about = {**records[0]["machine"], "source": source}
-    faults = sorted(rows, key=lambda record: (record["row"], record["fault"]))
+    faults = merged(rows)
     disks = [record for record in records if "disk" in record]
     damages = [record for record in records if "damage" in record]
     return (
@@ -158,6 +185,8 @@ def page(records: Sequence[Record], source: str) -> str:
         )
         + f"\n{sum(record['survived'] for record in rows):,} of "
         + f"{sum(record['cases'] for record in rows):,} cases survived.\n"
+        + OTHERS
+        + "".join(f"- row {row}, {why}.\n" for row, why in NOT_RUN.items())
         + PEERS
         + _table(
             ("disk", "saved under", "contender", "cuts", "acknowledged", *LOST),

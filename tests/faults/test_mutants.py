@@ -14,20 +14,21 @@ import torch
 
 from aiockpt.errors import CheckpointError, UnsafePickleError
 from aiockpt.storage.local import LocalStorage
-from aiockpt.testing.faults import Delay, Fault, Short, inject
+from aiockpt.testing.faults import Delay, Fail, Fault, Short, inject
 from aiockpt.testing.roots import assert_root_consistent
 from aiockpt.testing.storage_contract import StorageContract
 from aiockpt.threads import WorkerPool
 from catalogs import SOME, catalog_at, prepare
 from faults import mutants
 from faults.damage import FILES, assert_detected, flipped, make_two_tags, replaced
-from faults.driver import link_root
+from faults.driver import assert_survived, link_root, published_seeds, spoil
 from faults.matrix import Cases
 from faults.mutants import Mutant
+from faults.pairs import assert_both_tell, pair, save_together, spoil_pair
 from faults.sweeps import Sweep
 from gates import LIMIT_S, in_thread
 from tracing import check_commit_order, tapped
-from workloads import SMALL, Engine, content, save, state
+from workloads import SMALL, START, Engine, content, save, state
 
 # A count of its own: a mutant's failures are no failures of the rows.
 NOT_COUNTED = Cases(is_long=False)
@@ -144,6 +145,27 @@ def two_committers(template: Path) -> None:
         assert {entry.path for entry in one.manifest("new").files} == {*SOME}
 
 
+def failure_of_a_rank(template: Path) -> None:
+    """Both ranks tell at once what failed on one of them; nothing is to be seen."""
+    root = link_root(template)
+    with pair(root, timeout_s=2.0) as ranks:
+        fault = Fault("pwrite", Fail(errno.EIO), path="sub/opt.pt")
+        outcome, _ = spoil_pair(ranks, save_together, fault)
+        assert_both_tell(outcome.errors, "Input/output error")
+        assert published_seeds(root) == START
+
+
+def reading(template: Path) -> None:
+    outcome, _ = spoil(link_root(template), "read under a lease")
+    assert outcome.is_done
+
+
+def files_of_others(template: Path) -> None:
+    root, name = link_root(template), "save among files of others"
+    outcome, _ = spoil(root, name)
+    assert_survived(root, name, outcome, may_stay=False)
+
+
 # Each mutant, and a row that it does not survive.
 MUTANTS: dict[str, tuple[Mutant, Row]] = {
     "no file sync": (mutants.no_file_sync, order),
@@ -173,6 +195,16 @@ MUTANTS: dict[str, tuple[Mutant, Row]] = {
     "living engines swept": (mutants.living_engines_swept, sweep_during_a_save),
     "no lock, last one wins": (mutants.tags_changed_without_the_lock, two_committers),
     "errors swallowed": (mutants.errors_of_the_disk_swallowed, errors_once),
+    "failure of a rank not told": (
+        mutants.failure_of_a_rank_told_to_nobody,
+        failure_of_a_rank,
+    ),
+    "manifest before words of ranks": (
+        mutants.published_before_all_ranks_have_told,
+        failure_of_a_rank,
+    ),
+    "leases ignored": (mutants.leases_not_looked_at, reading),
+    "files of others lost": (mutants.files_of_others_left_behind, files_of_others),
 }
 CAUGHT = (AssertionError, CheckpointError, pytest.fail.Exception, FileNotFoundError)
 

@@ -28,6 +28,8 @@ from hostile.zip_files import (
     zip_file,
 )
 
+FUZZED = "fuzzed by hypothesis"
+
 # These cost little each, and much of what is tried is refused at once.
 more_examples = settings(max_examples=6 * settings.default.max_examples)
 
@@ -59,16 +61,19 @@ def mutations(draw: st.DrawFn, seeds: tuple[bytes, ...]) -> bytes:
 
 @pytest.mark.parametrize("name", TARGETS)
 @more_examples
-@given(st.data())
-def test_a_damaged_input_is_read_or_refused(name, data):
+@given(data=st.data())
+def test_a_damaged_input_is_read_or_refused(cases, name, data):
     target = TARGETS[name]
-    target.run(data.draw(mutations(target.seeds)))
+    damaged = data.draw(mutations(target.seeds))
+    with cases.case(16, FUZZED, name):
+        target.run(damaged)
 
 
 @pytest.mark.parametrize("name", TARGETS)
 @given(data=st.binary(max_size=200))
-def test_any_bytes_are_read_or_refused(name, data):
-    TARGETS[name].run(data)
+def test_any_bytes_are_read_or_refused(cases, name, data):
+    with cases.case(16, FUZZED, name):
+        TARGETS[name].run(data)
 
 
 # --- edits of structure -----------------------------------------------------------
@@ -135,11 +140,12 @@ def end_records(draw: st.DrawFn) -> dict[str, dict[str, int]]:
 
 
 @more_examples
-@given(records_of_a_file(), end_records(), st.binary(max_size=40))
-def test_a_file_of_lies_is_read_or_refused(all_records, ends, gap):
+@given(all_records=records_of_a_file(), ends=end_records(), gap=st.binary(max_size=40))
+def test_a_file_of_lies_is_read_or_refused(cases, all_records, ends, gap):
     data = zip_file(all_records, gap=gap, **ends)
-    fuzz_directory(data)
-    fuzz_file(data)
+    with cases.case(16, FUZZED, "a file of lies"):
+        fuzz_directory(data)
+        fuzz_file(data)
 
 
 SIMPLE_OPCODES = [
@@ -216,11 +222,12 @@ VALUES = st.recursive(
 
 
 @more_examples
-@given(st.one_of(VALUES, st.lists(WORDS, max_size=25).map(b"".join)))
-def test_a_pickle_of_any_words_is_loaded_or_refused(body):
+@given(body=st.one_of(VALUES, st.lists(WORDS, max_size=25).map(b"".join)))
+def test_a_pickle_of_any_words_is_loaded_or_refused(cases, body):
     data = pickles.whole(body)
-    fuzz_outline(data)
-    fuzz_pickle(data)
+    with cases.case(16, FUZZED, "a pickle"):
+        fuzz_outline(data)
+        fuzz_pickle(data)
 
 
 JSON = st.recursive(
@@ -254,9 +261,14 @@ HEADERS = st.dictionaries(
 
 
 @more_examples
-@given(HEADERS, st.integers(0, 16), st.one_of(st.none(), st.integers(0, 1 << 64 - 1)))
-def test_a_header_of_any_json_is_read_or_refused(header, num_bytes, length):
+@given(
+    header=HEADERS,
+    num_bytes=st.integers(0, 16),
+    length=st.one_of(st.none(), st.integers(0, 1 << 64 - 1)),
+)
+def test_a_header_of_any_json_is_read_or_refused(cases, header, num_bytes, length):
     text = json.dumps(header).encode()
     data = safetensors_cases.made(text, bytes(num_bytes), length)
-    fuzz_safetensors_header(data)
-    fuzz_file(data)
+    with cases.case(16, FUZZED, "a header"):
+        fuzz_safetensors_header(data)
+        fuzz_file(data)

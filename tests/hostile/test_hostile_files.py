@@ -22,6 +22,7 @@ def opener():
         yield opener
 
 
+@pytest.mark.case(16, "a file of the catalogue")
 @pytest.mark.parametrize(("case", "name"), CASES)
 def test_a_file_from_anywhere_is_opened_or_refused(case, name, opener, tmp_path):
     path = tmp_path / name
