@@ -2,12 +2,13 @@
 # Runs tests/gpu and bench/gpu.py on a machine with CUDA and its own torch, without a
 # registry. What else is needed is carried as wheels (tests/gpu/wheels.txt).
 #
-#   tests/gpu/run.sh WHEELS RESULTS [DIRECTORY] [GIB]
+#   tests/gpu/run.sh WHEELS RESULTS [DIRECTORY] [GIB] [COMMIT]
 #
 # WHEELS     folder of wheels; they are installed beside the machine's own packages
 # RESULTS    folder for tests.txt and gpu.jsonl
 # DIRECTORY  where checkpoints are written; by default a new temporary folder
 # GIB        size of the benchmark's state; 16 by default
+# COMMIT     what is measured, where the tree comes without its repository
 set -euo pipefail
 wheels=$(realpath "${1:?the folder of wheels}")
 mkdir -p "${2:?the folder for results}"
@@ -42,5 +43,5 @@ outcome=0
 python3 -m pytest tests/gpu -p no:cacheprovider -q 2>&1 | tee "$results/tests.txt" ||
     outcome=$?
 python3 bench/gpu.py --results "$results/gpu.jsonl" --gib "${4:-16}" \
-    ${3:+--directory "$3"} || outcome=$?
+    ${3:+--directory "$3"} ${5:+--commit "$5"} || outcome=$?
 exit "$outcome"
