@@ -58,9 +58,11 @@ def machine(*packages: str) -> dict[str, object]:
 def _commit() -> str:
     """The commit that is measured, marked where the tree differs from it."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(
-        git, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"  # A copy of the tree, without its repository.
+    return found.stdout.strip()
 
 
 def results_file(bench: str, about: dict[str, object]) -> Path:

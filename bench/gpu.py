@@ -1,0 +1,322 @@
+"""Measures the GPU rows of the targets: staging, stall, inflation, disk and restore.
+
+`python bench/gpu.py [--results FILE] [--gib 16] [--directory DIR]` runs every case on
+one CUDA device and prints a JSON line a figure; with `--results` it keeps them. Rates
+stand beside the raw rate that was measured in the same run: of pinned copies for
+staging and restore, of plain direct writes for what is durable. Bytes are compared
+after each timed save and load.
+"""
+
+import argparse
+import asyncio
+import json
+import mmap
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from measuring import figure, machine
+
+import aiockpt
+
+GIB = 1 << 30
+MIB = 1 << 20
+REPEATS = 5
+BLOCK_BYTES = 8 * MIB
+
+
+class Report:
+    """Prints figures, and keeps them in a file if there is one."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Nothing to report yet."""
+        self._path = path
+
+    def tell(self, line: dict[str, object]) -> None:
+        """Reports one line."""
+        text = json.dumps(line)
+        print(text)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def figure(self, name: str, values: list[float], unit: str) -> None:
+        """Reports the median and the spread of a figure."""
+        self.tell(figure(name, values, unit))
+
+
+def state_of(nbytes: int, num_tensors: int) -> dict[str, torch.Tensor]:
+    """Tensors of one size on the device, no two of them alike."""
+    length = nbytes // num_tensors // 4
+    return {f"k{i}": torch.randn(length, device="cuda") for i in range(num_tensors)}
+
+
+def check(loaded: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+    """Every byte is as it was saved."""
+    for key, tensor in state.items():
+        assert torch.equal(loaded[key].to("cuda"), tensor), key
+
+
+def synced_s(work: Callable[[], object]) -> float:
+    """Seconds of work on the device."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def raw_copy_rate(*, is_to_host: bool, num_bytes: int = 4 * GIB) -> float:
+    """GB/s of pinned copies of 8 MiB each, as many as make `num_bytes`."""
+    num = num_bytes // BLOCK_BYTES
+    host = [
+        torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(8)
+    ]
+    device = torch.empty(BLOCK_BYTES, dtype=torch.uint8, device="cuda")
+
+    def copy() -> None:
+        for index in range(num):
+            block = host[index % len(host)]
+            target, source = (block, device) if is_to_host else (device, block)
+            target.copy_(source, non_blocking=True)
+
+    copy()
+    return num * BLOCK_BYTES / min(synced_s(copy) for _ in range(3)) / 1e9
+
+
+def raw_write_rate(directory: Path, nbytes: int) -> float:
+    """GB/s of plain direct writes of 8 MiB, one after the other, and a sync."""
+    path = directory / "raw"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        descriptor = os.open(path, flags | os.O_DIRECT)
+    except OSError:
+        descriptor = os.open(path, flags)
+    block = mmap.mmap(-1, BLOCK_BYTES)
+    block.write(os.urandom(BLOCK_BYTES))
+    start = time.perf_counter()
+    for _ in range(nbytes // BLOCK_BYTES):
+        os.write(descriptor, block)
+    os.fsync(descriptor)
+    elapsed_s = time.perf_counter() - start
+    os.close(descriptor)
+    path.unlink()
+    return nbytes / elapsed_s / 1e9
+
+
+@contextmanager
+def a_folder(parent: Path) -> Iterator[Path]:
+    """A new folder, removed afterwards."""
+    path = Path(tempfile.mkdtemp(dir=parent, prefix="bench-gpu-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+class Stepper:
+    """An optimizer whose step costs nothing but the wait for staging."""
+
+    def __init__(self) -> None:
+        """Makes a parameter to step."""
+        parameter = torch.nn.Parameter(torch.ones(8, device="cuda"))
+        parameter.grad = torch.ones_like(parameter)
+        self._optimizer = torch.optim.SGD([parameter], lr=0.0)
+        self._optimizer.step()
+
+    def held_s(self) -> float:
+        """Seconds that a step is held."""
+        start = time.perf_counter()
+        self._optimizer.step()
+        return time.perf_counter() - start
+
+
+async def timed_save(
+    engine: aiockpt.CheckpointEngine,
+    state: dict[str, torch.Tensor],
+    stepper: Stepper,
+    pause_s: float,
+) -> tuple[float, aiockpt.CommitReport]:
+    """Saves, steps after a pause, and commits; seconds held, and the report."""
+    await engine.create("t")
+    start = time.perf_counter()
+    await engine.save(state, "model.pt")
+    held_s = time.perf_counter() - start
+    time.sleep(pause_s)  # noqa: ASYNC251 - as a training step holds the loop
+    held_s += stepper.held_s()
+    report = await engine.commit("t")
+    check(await engine.load("model.pt", "cpu"), state)
+    await engine.delete("t")
+    return held_s, report
+
+
+async def saves(report: Report, directory: Path, nbytes: int) -> None:
+    """Staging beside raw copies, stall, and durable throughput beside raw writes."""
+    state, stepper = state_of(nbytes, 300), Stepper()
+    ring = {"host_cache_size": nbytes / GIB + 0.25, "parser_threads": 8}
+    raw_copy = raw_copy_rate(is_to_host=True)
+    raw_write = raw_write_rate(directory, min(nbytes, 8 * GIB))
+    report.figure("raw pinned device-to-host", [raw_copy], "GB/s")
+    report.figure("raw direct write", [raw_write], "GB/s")
+    staging, stall, lazy, durable = [], [], [], []
+    async with aiockpt.CheckpointEngine(directory / "root", ring) as engine:
+        first_s, _ = await timed_save(engine, state, stepper, 1.0)
+        report.figure("first save: stall, step after 1 s", [first_s], "s")
+        for _ in range(REPEATS):
+            held_s, done = await timed_save(engine, state, stepper, 0.0)
+            stall.append(held_s)
+            staging.append(nbytes / done.stage_s / 1e9)
+            durable.append(nbytes / done.total_s / 1e9)
+            held_s, _ = await timed_save(engine, state, stepper, 1.0)
+            lazy.append(held_s)
+    report.figure("staging", staging, "GB/s")
+    report.figure("staging/raw", [rate / raw_copy for rate in staging], "")
+    report.figure("stall, step at once", stall, "s")
+    report.figure("stall, step after 1 s", lazy, "s")
+    report.figure("plain synchronous pinned copy", [nbytes / raw_copy / 1e9], "s")
+    report.figure("durable", durable, "GB/s")
+    report.figure("durable/raw", [rate / raw_write for rate in durable], "")
+
+
+async def small(report: Report, directory: Path) -> None:
+    """10 000 tensors of 4 KiB: how long they are staged."""
+    state = state_of(10_000 * 4096, 10_000)
+    seconds: list[float] = []
+    async with aiockpt.CheckpointEngine(
+        directory / "small", {"host_cache_size": 0.25}
+    ) as engine:
+        for repeat in range(REPEATS + 1):
+            await engine.create(f"t{repeat}")
+            await engine.save(state, "model.pt")
+            done = await engine.commit(f"t{repeat}")
+            check(await engine.load("model.pt", "cpu"), state)
+            if repeat:
+                seconds.append(done.stage_s - done.plan_s)
+    report.figure("staging 10 000 tensors, beyond planning", seconds, "s")
+
+
+async def training(report: Report, directory: Path) -> None:
+    """Step times without saves, and with one every 10 steps."""
+    layers = [torch.nn.Linear(4096, 4096) for _ in range(16)]
+    model = torch.nn.Sequential(*layers).to("cuda", torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    inputs = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16)
+
+    def step() -> None:
+        model(inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(10):
+        step()
+    nbytes = sum(t.nbytes for t in model.state_dict().values()) * 3
+    ring = {"host_cache_size": nbytes / GIB + 0.25, "parser_threads": 4}
+    losses: list[float] = []
+    p50s: list[float] = []
+    async with aiockpt.CheckpointEngine(directory / "training", ring) as engine:
+        for repeat in range(REPEATS + 1):
+            bare = [synced_s(step) for _ in range(50)]
+            saving: list[float] = []
+            committing: asyncio.Task[object] | None = None
+            for number in range(50):
+                start = time.perf_counter()
+                if number % 10 == 0:
+                    if committing is not None:
+                        await committing
+                    tag = f"t{repeat}-{number}"
+                    await engine.create(tag)
+                    state = {"model": model.state_dict(), "opt": optimizer.state_dict()}
+                    await engine.save(state, "model.pt")
+                    committing = asyncio.create_task(engine.commit(tag))  # noqa: TID251
+                step()
+                torch.cuda.synchronize()
+                saving.append(time.perf_counter() - start)
+                await asyncio.sleep(0)
+            assert committing is not None
+            await committing
+            for info in await engine.tags():
+                await engine.delete(info.tag)
+            if repeat:
+                losses.append(1 - sum(bare) / sum(saving))
+                p50s.append(statistics.median(saving) / statistics.median(bare))
+    report.figure("training throughput lost, a save every 10 steps", losses, "")
+    report.figure("step inflation, median", p50s, "")
+
+
+async def restores(report: Report, directory: Path, nbytes: int) -> None:
+    """From the page cache of the disk's directory, and from memory, to the device."""
+    raw = raw_copy_rate(is_to_host=False)
+    report.figure("raw pinned host-to-device", [raw], "GB/s")
+    state = state_of(nbytes, 300)
+    ring = {"host_cache_size": 1, "parser_threads": 16}
+    for name, parent in (("disk, cached", directory), ("/dev/shm", Path("/dev/shm"))):  # noqa: S108
+        with a_folder(parent) as root:
+            async with aiockpt.CheckpointEngine(root, ring) as engine:
+                await engine.create("a")
+                await engine.save(state, "model.pt")
+                await engine.commit("a")
+                rates: dict[str, list[float]] = {"fresh": [], "into": []}
+                into = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+                for repeat in range(REPEATS + 1):
+                    for way, rate in rates.items():
+                        start = time.perf_counter()
+                        if way == "into":
+                            loaded = await engine.load("model.pt", into=into)
+                        else:
+                            loaded = await engine.load("model.pt", "cuda")
+                        elapsed_s = time.perf_counter() - start
+                        check(loaded, state)
+                        del loaded
+                        if repeat:
+                            rate.append(nbytes / elapsed_s / 1e9)
+                del into
+                for way, rate in rates.items():
+                    report.figure(f"restore from {name}, {way}", rate, "GB/s")
+
+
+async def run(report: Report, directory: Path, nbytes: int) -> None:
+    """All cases, one after the other."""
+    await saves(report, directory, nbytes)
+    torch.cuda.empty_cache()
+    await small(report, directory)
+    await training(report, directory)
+    torch.cuda.empty_cache()
+    await restores(report, directory, min(nbytes, 8 * GIB))
+
+
+def main() -> None:
+    """Reads the arguments and measures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=None)
+    parser.add_argument("--gib", type=float, default=16.0)
+    parser.add_argument("--directory", type=Path, default=None)
+    parser.add_argument("--commit", help="of a tree that came without its repository")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device")
+    report = Report(arguments.results)
+    about = machine("cuda-bindings")
+    if arguments.commit is not None:
+        about["commit"] = arguments.commit
+    free, total = torch.cuda.mem_get_info()
+    device = {
+        "device": torch.cuda.get_device_name(),
+        "device_bytes": total,
+        "free_bytes": free,
+        "cuda": torch.version.cuda,
+    }
+    report.tell({"machine": {**about, **device}, "case": {"gib": arguments.gib}})
+    parent = arguments.directory or Path(tempfile.gettempdir())
+    with a_folder(parent) as directory:
+        nbytes = int(arguments.gib * GIB)
+        asyncio.run(run(report, directory, nbytes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Runs tests/gpu and bench/gpu.py on a machine with CUDA and its own torch, without a
+# registry. What else is needed is carried as wheels (tests/gpu/wheels.txt).
+#
+#   tests/gpu/run.sh WHEELS RESULTS [DIRECTORY] [GIB] [COMMIT]
+#
+# WHEELS     folder of wheels; they are installed beside the machine's own packages
+# RESULTS    folder for tests.txt and gpu.jsonl
+# DIRECTORY  where checkpoints are written; by default a new temporary folder
+# GIB        size of the benchmark's state; 16 by default
+# COMMIT     what is measured, where the tree comes without its repository
+set -euo pipefail
+wheels=$(realpath "${1:?the folder of wheels}")
+mkdir -p "${2:?the folder for results}"
+results=$(realpath "$2")
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir \
+    --disable-pip-version-check --root-user-action ignore --target "$site" "$wheels"/*.whl
+export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+python3 - <<'PYTHON'
+import sys
+import torch
+import aiockpt.machinery
+from aiockpt.staging.cuda_driver import CudaDriver
+from aiockpt.staging.driver import DeviceError
+
+print("python", sys.version.split()[0], "torch", torch.__version__)
+if not torch.cuda.is_available():
+    sys.exit("no CUDA device: torch.cuda.is_available() is False")
+try:
+    CudaDriver().check_usable()
+except DeviceError as error:
+    sys.exit(f"no CUDA device: {error}")
+print("device", torch.cuda.get_device_name())
+PYTHON
+
+# The benchmark is run even if a test fails; the script fails then, too.
+outcome=0
+python3 -m pytest tests/gpu -p no:cacheprovider -q 2>&1 | tee "$results/tests.txt" ||
+    outcome=$?
+python3 bench/gpu.py --results "$results/gpu.jsonl" --gib "${4:-16}" \
+    ${3:+--directory "$3"} ${5:+--commit "$5"} || outcome=$?
+exit "$outcome"
