@@ -63,8 +63,8 @@ class OurEngine(Contender):
 
     @override
     def save(self, state: State, tag: str) -> Saving:
-        self._runner.run(self.engine.save(state, _FILE, tag=tag))
-        return _Awaited(self.engine, self._runner, tag)
+        handle = self._runner.run(self.engine.save(state, _FILE, tag=tag))
+        return _Awaited(self.engine, handle, self._runner, tag)
 
     @override
     async def save_on_loop(self, state: State, tag: str) -> None:
@@ -99,12 +99,13 @@ class OurEngine(Contender):
 @dataclass(frozen=True)
 class _Awaited(Saving):
     engine: aiockpt.CheckpointEngine
+    handle: aiockpt.SaveHandle
     runner: asyncio.Runner
     tag: str
 
     @override
     def wait_staged(self) -> None:
-        self.runner.run(self.engine.staged(self.tag))
+        self.runner.run(self.handle.staged())
 
     @override
     def wait_durable(self) -> dict[str, float]:
@@ -169,8 +170,8 @@ class OurSyncEngine(Contender):
 
     @override
     def save(self, state: State, tag: str) -> Saving:
-        self._engine.save(state, _FILE, tag=tag)
-        return _Blocking(self._engine, tag)
+        handle = self._engine.save(state, _FILE, tag=tag)
+        return _Blocking(self._engine, handle, tag)
 
     @override
     def load(
@@ -199,11 +200,12 @@ class OurSyncEngine(Contender):
 @dataclass(frozen=True)
 class _Blocking(Saving):
     engine: aiockpt.sync.CheckpointEngine
+    handle: aiockpt.sync.SaveHandle
     tag: str
 
     @override
     def wait_staged(self) -> None:
-        self.engine.staged(self.tag)
+        self.handle.staged()
 
     @override
     def wait_durable(self) -> dict[str, float]:
