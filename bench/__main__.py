@@ -17,9 +17,12 @@ from time import perf_counter
 from bench.cases import CASES
 from bench.contenders import CONTENDERS
 from bench.measuring import file_system, machine, results_file
+from bench.ranks import agreements
 from bench.running import Run
 from bench.workloads import Scale
 
+# No contenders: only aiockpt's ranks agree in this way.
+_RANKS = "ranks"
 _PACKAGES = (
     "aiockpt",
     "safetensors",
@@ -39,7 +42,8 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    known = [*CASES, _RANKS]
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(known))
     parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.FULL)
     parser.add_argument(
         "--contenders", nargs="*", default=[], help=", ".join(CONTENDERS)
@@ -47,8 +51,8 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, default=Path.cwd())
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    names = arguments.cases or list(CASES)
-    if unknown := set(names) - set(CASES):
+    names = arguments.cases or known
+    if unknown := set(names) - set(known):
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
     about = machine(*_PACKAGES) | {"file_system": file_system(arguments.dir)}
     out = arguments.out
@@ -59,7 +63,11 @@ def main() -> int:
         run.tell(machine=about, scale=arguments.scale, cases=names)
         for name in names:
             start = perf_counter()
-            run.case(CASES[name])
+            if name == _RANKS:
+                for line in agreements(arguments.scale):
+                    run.tell(case=_RANKS, **line)
+            else:
+                run.case(CASES[name])
             print(f"{name}: {perf_counter() - start:.0f} s", file=sys.stderr)
     for failure in run.failures:
         print(failure, file=sys.stderr)

@@ -64,6 +64,7 @@ def _parts(results: Results, page: Path, plots: Path) -> Iterator[str]:
                 yield f"## {section.title}\n\n{section.text}\n\n"
             yield _cell(section, cell, drawer)
     yield _growth(results, drawer)
+    yield _ranks(results)
     yield _contenders(results)
 
 
@@ -152,6 +153,23 @@ def _growth(results: Results, drawer: "_Drawer") -> str:
         "growth-tensors", "Durable throughput by tensors", by_count, "tensors"
     )
     return text
+
+
+def _ranks(results: Results) -> str:
+    if not results.ranks:
+        return ""
+    rows = "".join(
+        f"| {line['kind']} | {line['ranks']} | {line['median_ms']:.2f} "
+        f"({line['min_ms']:.2f}–{line['max_ms']:.2f}) | {line['median_cpu_ms']:.2f} |\n"
+        for line in results.ranks
+    )
+    return (
+        "## Ranks\n\nOne agreement of all ranks, as each commit needs two; 50 of them. "
+        "All ranks share this machine's cores, so the time holds the work of all, one "
+        "after another.\n\n"
+        "| ranks | number | ms | processor time of rank 0, ms |\n|---|---:|---:|---:|\n"
+        f"{rows}\n"
+    )
 
 
 class _Drawer:

@@ -121,12 +121,14 @@ class Results:
         machine: Where it was measured, and what.
         scale: How much was measured.
         cells: By case and cell.
+        ranks: How long ranks take to agree, a line for each number of them.
     """
 
     path: Path
     machine: dict[str, Any]
     scale: str
     cells: dict[tuple[str, str], CellResults] = field(default_factory=dict)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def of(cls, path: Path) -> Self:
@@ -145,7 +147,8 @@ class Results:
         return results
 
     def _add(self, line: dict[str, Any]) -> None:
-        if "case" not in line:
+        if line["case"] == "ranks":
+            self.ranks.append(line)
             return
         key = (line["case"], line["cell"])
         if "workload" in line:
