@@ -25,7 +25,9 @@ _CLOSING_S = 60
 
 _context = multiprocessing.get_context("forkserver")
 # Imported once; the processes are then forked from one that has no threads.
-_context.set_forkserver_preload(["torch", "aiockpt", "bench.contenders", "bench.cases"])
+_context.set_forkserver_preload(
+    ["torch.distributed.checkpoint", "bench.contenders", "bench.cases"]
+)
 
 
 class ContenderError(Exception):

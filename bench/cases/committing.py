@@ -91,7 +91,7 @@ def _cells(scale: Scale) -> Sequence[Cell]:
             f"{num_files} files",
             workload,
             (RAW, OURS, TORCH),
-            scale.repeats(15),
+            scale.repeats(9),
             settings={"num_files": num_files},
         )
         for num_files in (1, 8, 64, 512)

@@ -147,6 +147,11 @@ class Results:
         return results
 
     def _add(self, line: dict[str, Any]) -> None:
+        if "machine" in line:
+            # A run that was continued.
+            if line["machine"] != self.machine:
+                raise ValueError(f"{self.path}: of two machines or commits")
+            return
         if line["case"] == "ranks":
             self.ranks.append(line)
             return
