@@ -120,6 +120,31 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Measures: all cases, or those that are arguments; then writes their page.
+
+    Half an hour on a machine that does nothing else; as root, so that loads are cold.
+    """
+    install(session, "bench", "peers")
+    session.run("python", "-m", "bench", *session.posargs)
+    session.run("python", "-m", "bench.report")
+
+
+@nox.session
+def bench_smoke(session: nox.Session) -> None:
+    """Runs every case tiny, checks the bytes, and writes a page that nobody keeps."""
+    install(session, "bench")
+    directory = Path(session.create_tmp())
+    results = directory / "smoke.jsonl"
+    results.unlink(missing_ok=True)
+    docs = directory / "docs"
+    docs.mkdir(exist_ok=True)
+    run = ("python", "-m", "bench", "--scale", "tiny", "--out", f"{results}")
+    session.run(*run, "--dir", f"{directory}", *session.posargs)
+    session.run("python", "-m", "bench.report", f"{results}", "--docs", f"{docs}")
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Installs the package as a user would and runs its demonstration."""
     install(session)

@@ -1,6 +1,6 @@
 """What checkpoints cost a DeepSpeed job (ZeRO-3), by checkpoint engine.
 
-    python bench/deepspeed_saves.py [--mib 1024] [--repeats 5] [--steps 20] [--ranks 2]
+    python -m bench.deepspeed_saves [--mib 1024] [--repeats 5] [--steps 20] [--ranks 2]
                                     [--dir DIR] [--only NAME ...] [--out FILE]
 
 Each contender trains the same model in a job of its own. Told of each: the time inside
@@ -26,7 +26,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from measuring import MIB, figure, machine
+
+from bench.measuring import MIB, figure, machine
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,6 +1,6 @@
 """Measures the GPU rows of the targets: staging, stall, inflation, disk and restore.
 
-`python bench/gpu.py [--results FILE] [--gib 16] [--directory DIR]` runs every case on
+`python -m bench.gpu [--results FILE] [--gib 16] [--directory DIR]` runs every case on
 one CUDA device and prints a JSON line a figure; with `--results` it keeps them. Rates
 stand beside the raw rate that was measured in the same run: of pinned copies for
 staging and restore, of plain direct writes for what is durable. Bytes are compared
@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from measuring import figure, machine
 
 import aiockpt
+from bench.measuring import figure, machine
 
 GIB = 1 << 30
 MIB = 1 << 20

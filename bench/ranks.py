@@ -1,7 +1,7 @@
-"""How long ranks take to agree: `python bench/ranks.py [processes] [simulated]`.
+"""How long ranks take to agree: `python -m bench.ranks processes|simulated NUMBER ...`.
 
-`processes` are real ranks of a `torch.distributed` job, 2 to 16; `simulated` are up to
-4 096 members in a few processes, each with a socket of its own, of one hub. Prints a
+`processes` are real ranks of a `torch.distributed` job, say 2 to 16; `simulated` are up
+to 4 096 members in a few processes, each with a socket of its own, of one hub. Prints a
 JSON line for each size, told by rank 0: the time of one `consult`, of 50, in
 milliseconds, and the processor time of rank 0 (hub and member) for it. All processes
 share this machine: the time holds the work of all members, one after another.
@@ -14,10 +14,9 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from time import perf_counter, process_time
 
-from measuring import machine
 from typing_extensions import override
 
 from aiockpt.ranks.base import Ranks
@@ -26,13 +25,18 @@ from aiockpt.ranks.link import HubConnection, LocalLink, dial
 from aiockpt.ranks.member import Door, Link, Member
 from aiockpt.ranks.messages import Hello
 from aiockpt.ranks.server import HubServer
+from bench.workloads import Scale
 
 _NUM_CONSULTS = 50
 _NUM_WARM_UPS = 5
 _WORD = bytes(100)
 _TIMEOUT_S = 300
-_REAL = (2, 4, 8, 16)
-_SIMULATED = (64, 512, 4096)
+_WORLD_SIZES = {
+    Scale.FULL: ((2, 4, 8, 16), (64, 512, 4096)),
+    Scale.MEDIUM: ((2, 4), (64, 512)),
+    Scale.TINY: ((2,), (16,)),
+}
+_SELF = (sys.executable, "-m", "bench.ranks")
 _NUM_PROCESSES = 4
 _TOKEN = "bench"  # noqa: S105 - of this machine only
 
@@ -118,7 +122,7 @@ async def _be_hub(world_size: int) -> None:
     share = -(-(world_size - 1) // _NUM_PROCESSES)
     helpers = [
         await asyncio.create_subprocess_exec(
-            *(sys.executable, __file__, "members", f"{server.port}", f"{world_size}"),
+            *(*_SELF, "members", f"{server.port}", f"{world_size}"),
             *(f"{first}", f"{min(first + share, world_size)}"),
         )
         for first in range(1, world_size, share)
@@ -143,7 +147,7 @@ def _start_real(world_size: int) -> None:
     }
     jobs = [
         subprocess.Popen(
-            [sys.executable, __file__, "real"],
+            [*_SELF, "real"],
             env={**environment, "RANK": f"{rank}"},
         )
         for rank in range(world_size)
@@ -153,22 +157,32 @@ def _start_real(world_size: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures what is named, or both."""
-    if arguments[:1] == ["real"]:
+    """Measures what is named, or is one of the processes that this needs."""
+    kind, *numbers = arguments
+    if kind == "real":
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
         asyncio.run(_be_real())
         dist.destroy_process_group()
-    elif arguments[:1] == ["members"]:
-        port, world_size, first, stop = map(int, arguments[1:])
+    elif kind == "members":
+        port, world_size, first, stop = map(int, numbers)
         asyncio.run(_be_members(port, world_size, range(first, stop)))
     else:
-        print(json.dumps(machine()), flush=True)
-        for world_size in _REAL if "simulated" not in arguments else ():
-            _start_real(world_size)
-        for world_size in _SIMULATED if "processes" not in arguments else ():
-            asyncio.run(_be_hub(world_size))
+        for world_size in map(int, numbers):
+            if kind == "processes":
+                _start_real(world_size)
+            else:
+                asyncio.run(_be_hub(world_size))
+
+
+def agreements(scale: Scale) -> Iterator[dict[str, float | str]]:
+    """What this program tells, run as one, at a scale."""
+    real, simulated = _WORLD_SIZES[scale]
+    for kind, numbers in (("processes", real), ("simulated", simulated)):
+        command = [*_SELF, kind, *map(str, numbers)]
+        told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        yield from map(json.loads, told.stdout.splitlines())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What it brings when all ranks that hold a state write it together.
 
-    python -m torch.distributed.run --standalone --nproc-per-node=2 bench/replicated.py
+    python -m torch.distributed.run --standalone --nproc-per-node=2 -m bench.replicated
         [--gib 1] [--repeats 5] [--dir DIR]
 
 Every rank has the same state. In turns, rank 0 writes it alone and all ranks write it
@@ -12,7 +12,6 @@ the part of the time in which one process does not keep it busy.
 import argparse
 import asyncio
 import json
-import mmap
 import os
 import shutil
 from pathlib import Path
@@ -20,10 +19,14 @@ from time import perf_counter
 
 import torch
 import torch.distributed as dist
-from measuring import GIB, machine
 
 import aiockpt
-from engine import CHUNK_BYTES, raw_write, report, state_of
+from bench.contenders.base import Options
+from bench.contenders.raw import Writing
+from bench.measuring import figure, machine
+from bench.workloads import GIB
+
+_NUM_TENSORS = 300
 
 
 def main() -> None:
@@ -52,7 +55,10 @@ def main() -> None:
 async def rounds(directory: Path, arguments: argparse.Namespace) -> None:
     """Alone, together, raw, and again; the first round warms up."""
     torch.manual_seed(7)
-    state = state_of(int(arguments.gib * GIB), 300)
+    numel = int(arguments.gib * GIB) // _NUM_TENSORS // 4
+    state = {f"layers.{i}.weight": torch.rand(numel) for i in range(_NUM_TENSORS)}
+    writer = Writing()
+    writer.setup(directory, Options())
     seconds: dict[str, list[float]] = {"raw": [], "alone": [], "together": []}
     config = {
         "host_cache_size": arguments.ring_gib,
@@ -61,7 +67,7 @@ async def rounds(directory: Path, arguments: argparse.Namespace) -> None:
     async with aiockpt.CheckpointEngine(directory / "root", config) as engine:
         for repeat in range(arguments.repeats + 1):
             took = {
-                "raw": raw(directory, arguments),
+                "raw": raw(writer, state),
                 "alone": await save(engine, state, f"a{repeat}", replicated=False),
                 "together": await save(engine, state, f"t{repeat}", replicated=True),
             }
@@ -69,18 +75,22 @@ async def rounds(directory: Path, arguments: argparse.Namespace) -> None:
                 seconds[name].append(took[name])
     if dist.get_rank() == 0:
         for name, values in seconds.items():
-            report(name, [arguments.gib / each for each in values], "GiB/s")
+            speeds = [arguments.gib / each for each in values]
+            print(json.dumps(figure(name, speeds, "GiB/s")))
         pairs = zip(seconds["alone"], seconds["together"], strict=True)
-        report("together/alone", [one / other for one, other in pairs], "ratio")
+        ratios = [one / other for one, other in pairs]
+        print(json.dumps(figure("together/alone", ratios, "ratio")))
 
 
-def raw(directory: Path, arguments: argparse.Namespace) -> float:
+def raw(writer: Writing, state: dict[str, torch.Tensor]) -> float:
     """Seconds in which rank 0 writes as much to the disk, and the others wait."""
     took_s = 0.0
     if dist.get_rank() == 0:
-        with mmap.mmap(-1, CHUNK_BYTES) as buffer:
-            buffer[:] = os.urandom(CHUNK_BYTES)
-            took_s = raw_write(directory / "raw", buffer, int(arguments.gib * GIB))
+        writer.open_tag("raw")
+        start = perf_counter()
+        writer.save(state, "raw")
+        took_s = perf_counter() - start
+        writer.delete("raw")
     dist.barrier()
     return took_s
 

@@ -42,6 +42,6 @@ PYTHON
 outcome=0
 python3 -m pytest tests/gpu -p no:cacheprovider -q 2>&1 | tee "$results/tests.txt" ||
     outcome=$?
-python3 bench/gpu.py --results "$results/gpu.jsonl" --gib "${4:-16}" \
+python3 -m bench.gpu --results "$results/gpu.jsonl" --gib "${4:-16}" \
     ${3:+--directory "$3"} ${5:+--commit "$5"} || outcome=$?
 exit "$outcome"

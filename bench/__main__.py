@@ -1,0 +1,78 @@
+"""Measures: `python -m bench [CASE ...] [--scale full|medium|tiny]`.
+
+Every contender has a process of its own; they take turns within each repeat. What was
+saved is compared with what was to be saved after every measurement. One JSON line for
+each measurement goes to a file in `bench/results/` (full scale) or to `--out`. Loads
+are cold where the page cache can be dropped, for which one has to be root.
+
+Run it on a machine that does nothing else. Times are comparable within a run only.
+"""
+
+import argparse
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from time import perf_counter
+
+from bench.cases import CASES
+from bench.contenders import CONTENDERS
+from bench.measuring import file_system, machine, results_file
+from bench.ranks import agreements
+from bench.running import Run
+from bench.workloads import Scale
+
+# No contenders: only aiockpt's ranks agree in this way.
+_RANKS = "ranks"
+_PACKAGES = (
+    "aiockpt",
+    "safetensors",
+    "lightning",
+    "deepspeed",
+    "torchsnapshot-nightly",
+    "torch_checkpointing",
+    "isal",
+    "aiofiles",
+)
+
+
+def main() -> int:
+    """Runs the cases that are named, or all of them."""
+    parser = argparse.ArgumentParser(
+        prog="bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    known = [*CASES, _RANKS]
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(known))
+    parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.FULL)
+    parser.add_argument(
+        "--contenders", nargs="*", default=[], help=", ".join(CONTENDERS)
+    )
+    parser.add_argument("--dir", type=Path, default=Path.cwd())
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    names = arguments.cases or known
+    if unknown := set(names) - set(known):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    about = machine(*_PACKAGES) | {"file_system": file_system(arguments.dir)}
+    out = arguments.out
+    if out is None and arguments.scale is Scale.FULL:
+        out = results_file("suite", about)
+    with nullcontext(sys.stdout) if out is None else out.open("a") as lines:
+        run = Run(arguments.scale, arguments.dir, lines, arguments.contenders)
+        run.tell(machine=about, scale=arguments.scale, cases=names)
+        for name in names:
+            start = perf_counter()
+            if name == _RANKS:
+                for line in agreements(arguments.scale):
+                    run.tell(case=_RANKS, **line)
+            else:
+                run.case(CASES[name])
+            print(f"{name}: {perf_counter() - start:.0f} s", file=sys.stderr)
+    for failure in run.failures:
+        print(failure, file=sys.stderr)
+    return 1 if run.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""What is asked: each case is a question, with the cells that answer it."""
+
+__all__ = ["CASES"]
+
+from bench.cases import beating, committing, loading, saving, training
+from bench.cases.base import Case
+
+_ALL = [
+    case
+    for room in (saving, loading, training, beating, committing)
+    for case in room.CASES
+]
+# What the targets are about comes first: a run that is cut short still tells it.
+_ORDER = (
+    *("throughput", "small", "stall", "load", "into", "partial", "gap", "steps", "gil"),
+    *("checksum", "commit", "growth", "field", "into_all"),
+)
+CASES: dict[str, Case] = {
+    case.name: case for case in sorted(_ALL, key=lambda each: _ORDER.index(each.name))
+}

@@ -1,0 +1,88 @@
+"""Saves beside an event loop: how long it stands still."""
+
+__all__ = ["CASES"]
+
+import asyncio
+from collections.abc import Sequence
+from time import perf_counter
+
+from bench.cases.base import Case, Cell
+from bench.cases.saving import DCP_THREAD, OURS, TORCH
+from bench.contenders.ours import OurEngine
+from bench.sessions import Bench
+from bench.workloads import GIB, Scale, Workload
+
+_BEAT_S = 0.001
+_IN_THREAD = "torch.save + fsync in a thread"
+
+
+class _Heart:
+    """A heartbeat of 1 ms; `gaps` are the times between beats."""
+
+    def __init__(self) -> None:
+        self.gaps: list[float] = []
+        self.is_beating = True
+
+    async def beat(self) -> None:
+        """Beats until `is_beating` is false."""
+        last = perf_counter()
+        while self.is_beating:
+            await asyncio.sleep(_BEAT_S)
+            now = perf_counter()
+            self.gaps.append(now - last)
+            last = now
+
+    def told(self, name: str) -> dict[str, float]:
+        """Median, 99th percentile and longest gap."""
+        gaps = sorted(self.gaps)
+        return {
+            f"{name}_p50_s": gaps[len(gaps) // 2],
+            f"{name}_p99_s": gaps[int(len(gaps) * 0.99)],
+            f"{name}_max_s": gaps[-1],
+        }
+
+
+def _measure(bench: Bench, tag: str) -> dict[str, float]:
+    told = asyncio.run(_beating(bench, tag))
+    bench.check(bench.contender.load(tag, bench.state))
+    bench.contender.delete(tag)
+    return told
+
+
+async def _beating(bench: Bench, tag: str) -> dict[str, float]:
+    contender = bench.contender
+    idle, callers, engines = _Heart(), _Heart(), _Heart()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(idle.beat())
+        await asyncio.sleep(bench.settings["idle_s"])
+        idle.is_beating = False
+    contender_loop = None
+    await asyncio.get_running_loop().run_in_executor(None, contender.open_tag, tag)
+    if isinstance(contender, OurEngine):
+        # The heartbeat belongs on the engine's own loop, which has no door for it.
+        contender_loop = contender.engine._runtime.spawn(engines.beat())  # noqa: SLF001
+    start = perf_counter()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(callers.beat())
+        await contender.save_on_loop(bench.state, tag)
+        durable_s = perf_counter() - start
+        callers.is_beating = engines.is_beating = False
+    told = {"durable_s": durable_s, **idle.told("idle"), **callers.told("caller")}
+    if contender_loop is not None:
+        await contender_loop.wait()
+        told |= engines.told("engine")
+    return told
+
+
+def _cells(scale: Scale) -> Sequence[Cell]:
+    workload = Workload(scale.size(4 * GIB), scale.count(300))
+    small = Workload(scale.size(1 * GIB), scale.count(300))
+    idle = {"idle_s": scale.seconds(1.0)}
+    peers = (OURS, DCP_THREAD, _IN_THREAD, TORCH)
+    return [
+        Cell("4 GiB", workload, (OURS,), scale.repeats(5), settings=idle),
+        Cell("1 GiB", small, peers, scale.repeats(3), settings=idle),
+    ]
+
+
+CASES = [Case("gap", "How long does an event loop stand still?", _cells, _measure)]

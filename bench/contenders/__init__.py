@@ -1,0 +1,50 @@
+"""Who is compared: one class each, all with the four functions of `base.Contender`."""
+
+__all__ = ["CONTENDERS", "ELSEWHERE"]
+
+from bench.contenders import (
+    dcp,
+    ours,
+    raw,
+    safetensors_files,
+    torch_checkpointing_files,
+    torch_files,
+    torchsnapshot_files,
+)
+from bench.contenders.base import Contender
+
+CONTENDERS: dict[str, type[Contender]] = {
+    each.name: each
+    for each in (
+        raw.Writing,
+        raw.WritingAtOnce,
+        raw.Copying,
+        ours.OurEngine,
+        ours.OurSyncEngine,
+        ours.Unverified,
+        ours.Unsummed,
+        torch_files.Synced,
+        torch_files.Plain,
+        torch_files.Mmapped,
+        torch_files.InThread,
+        torch_files.Lightning,
+        safetensors_files.Synced,
+        safetensors_files.Plain,
+        dcp.Synchronous,
+        dcp.InThread,
+        dcp.InProcess,
+        torchsnapshot_files.Synchronous,
+        torchsnapshot_files.InBackground,
+        torch_checkpointing_files.Managed,
+    )
+}
+
+# Listed by the report with the reason; nothing here is measured on a CPU.
+ELSEWHERE = {
+    "DeepSpeed Fast and Decoupled engines": (
+        "measured by `bench/deepspeed_saves.py`, in a DeepSpeed job (needs libaio)"
+    ),
+    "nvidia-resiliency-ext": "needs a GPU",
+    "DataStates-LLM": "needs a GPU: its engine is CUDA only",
+    "pinned copies, device to host": "needs a GPU",
+}

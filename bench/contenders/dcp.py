@@ -1,0 +1,123 @@
+"""`torch.distributed.checkpoint`, with its own writer, in one process."""
+
+__all__ = ["InProcess", "InThread", "Synchronous"]
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from typing_extensions import override
+
+from bench.contenders.base import (
+    Contender,
+    Done,
+    Options,
+    Saving,
+    State,
+    process_group,
+    sync_tree,
+)
+
+
+class Synchronous(Contender):
+    """`dcp.save`."""
+
+    name = "DCP save"
+    durability = "its own fsync of data; fsync of metadata and directory added"
+    is_grouped: ClassVar[bool] = False
+
+    @override
+    def setup(self, directory: Path, options: Options) -> None:
+        super().setup(directory, options)
+        self._group = ExitStack()
+        if self.is_grouped:
+            self._group.enter_context(process_group())
+
+    @override
+    def save(self, state: State, tag: str) -> Saving:
+        from torch.distributed import checkpoint
+
+        path = self.directory / tag
+        checkpoint.save(dict(state), checkpoint_id=path)
+        sync_tree(path)
+        return Done()
+
+    @override
+    def load(
+        self,
+        tag: str,
+        like: Mapping[str, torch.Tensor],
+        *,
+        is_in_place: bool = False,
+        keys: list[str] | None = None,
+    ) -> Mapping[str, Any]:
+        from torch.distributed import checkpoint
+
+        wanted = like if keys is None else {key: like[key] for key in keys}
+        targets = wanted if is_in_place else _empty(wanted)
+        checkpoint.load(dict(targets), checkpoint_id=self.directory / tag)
+        return targets
+
+    @override
+    def teardown(self) -> None:
+        self._group.close()
+
+
+class InThread(Synchronous):
+    """`dcp.async_save` as it is: staged at the call, written by a thread."""
+
+    name = "DCP async_save, thread"
+    is_grouped = True
+    kind: ClassVar[str] = "thread"
+
+    @override
+    def save(self, state: State, tag: str) -> Saving:
+        from torch.distributed import checkpoint
+        from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+        path = self.directory / tag
+        saving = checkpoint.async_save(
+            dict(state),
+            checkpoint_id=path,
+            async_checkpointer_type=AsyncCheckpointerType(f"{self.kind}"),
+        )
+        return _Uploading(saving, path)
+
+
+class InProcess(InThread):
+    """`dcp.async_save` that hands the state to a process of its own."""
+
+    name = "DCP async_save, process"
+    kind = "process"
+
+
+@dataclass(frozen=True)
+class _Uploading(Saving):
+    done: Any
+    path: Path
+
+    @override
+    def wait_staged(self) -> None:
+        if not isinstance(self.done, Future):
+            self.done.staging_completion.result()
+
+    @override
+    def wait_durable(self) -> dict[str, float]:
+        is_plain = isinstance(self.done, Future)
+        (self.done if is_plain else self.done.upload_completion).result()
+        sync_tree(self.path)
+        return {}
+
+
+def _empty(like: Mapping[str, Any]) -> dict[str, Any]:
+    """As many tensors of the same shapes, in the same structure."""
+    return {
+        key: torch.empty_like(value)
+        if isinstance(value, torch.Tensor)
+        else _empty(value)
+        for key, value in like.items()
+    }

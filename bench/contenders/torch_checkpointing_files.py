@@ -1,0 +1,96 @@
+"""Meta's torch_checkpointing: staged by a thread, written by a process."""
+
+__all__ = ["Managed"]
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+from bench.contenders.base import Contender, Options, Saving, State, sync_tree
+
+# Its process imports torch; on a busy machine that takes longer than its default.
+_INIT_S = 120
+
+
+class Managed(Contender):
+    """`CheckpointManager`, set as its documentation says for a machine without GPU."""
+
+    name = "torch_checkpointing + fsync"
+    durability = (
+        "fsync of files and directories added; it does none. Its direct writes, which "
+        "are its default, fail on ext4 (EINVAL) and are turned off"
+    )
+    package = "torch_checkpointing"
+
+    @override
+    def setup(self, directory: Path, options: Options) -> None:
+        from torch_checkpointing import CheckpointManager
+        from torch_checkpointing.checkpoint_process import CheckpointProcessConfig
+        from torch_checkpointing.config import AsyncCheckpointSaverConfig
+        from torch_checkpointing.staging import CheckpointStagerConfig
+        from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+        super().setup(directory, options)
+        staging = CheckpointStagerConfig(
+            use_pinned_memory=False, use_non_blocking_copy=False
+        )
+        saver = AsyncCheckpointSaverConfig(
+            staging_config=staging,
+            process_config=CheckpointProcessConfig(
+                subprocess_init_timeout_secs=_INIT_S
+            ),
+        )
+        self._manager = CheckpointManager.Config(
+            save=saver,
+            storage_config=LocalFileSystemStorageConfig(use_direct_io=False),
+        ).build()
+
+    @override
+    def open_tag(self, tag: str) -> None:
+        """It renames a directory to the tag's name, which must be free."""
+
+    @override
+    def save(self, state: State, tag: str) -> Saving:
+        path = self.directory / tag
+        done = self._manager.save(str(path), {"state": dict(state)})
+        return _Writing(self._manager, done, path)
+
+    @override
+    def load(
+        self,
+        tag: str,
+        like: Mapping[str, torch.Tensor],
+        *,
+        is_in_place: bool = False,
+        keys: list[str] | None = None,
+    ) -> Mapping[str, Any]:
+        path = str(self.directory / tag)
+        targets = like if is_in_place else {k: torch.empty_like(like[k]) for k in like}
+        loaded: Mapping[str, Any] = self._manager.load(path, {"state": dict(targets)})
+        return loaded["state"]
+
+    @override
+    def teardown(self) -> None:
+        self._manager.close()
+
+
+@dataclass(frozen=True)
+class _Writing(Saving):
+    manager: Any
+    done: Any
+    path: Path
+
+    @override
+    def wait_staged(self) -> None:
+        with self.manager.lock():
+            pass
+
+    @override
+    def wait_durable(self) -> dict[str, float]:
+        self.done.result()
+        sync_tree(self.path)
+        return {}

@@ -1,0 +1,253 @@
+"""The page of results: tables, plots, and the targets with what was reached."""
+
+__all__ = ["write"]
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.cases import CASES
+from bench.contenders import CONTENDERS, ELSEWHERE
+from bench.report.plots import Bar, Line, bars, lines
+from bench.report.remarks import REMARKS
+from bench.report.results import CellResults, Results
+from bench.report.tables import SECTIONS, Column, Section, table
+from bench.report.targets import GPU_TARGETS, TARGETS
+from bench.workloads import GIB
+
+_HEAD = """\
+# Performance
+
+<!-- Written by `python -m bench.report`; change that instead. -->
+
+What aiockpt costs beside the raw disk, and beside the tools that people use today. A
+figure where another tool is better stays in.
+
+"""
+_METHOD = """\
+## How it was measured
+
+- Each contender has a process of its own; they take turns within each repeat, in an
+  order that changes. Figures are medians, with the least and the greatest in brackets;
+  ratios are those of the same repeat.
+- Bytes are compared with what was to be saved after every measurement.
+- Durability is equal: who does not sync gets an fsync of files and directories added to
+  the measured time, and the name says so.
+- Loads are cold: caches are dropped, and every load has a new process.
+- The state lies once in shared memory, and all contenders save that. Extra memory is
+  the high-water mark above the process before the contender was set up.
+- Absolute times of this machine mean little elsewhere; the ratios are what counts.
+
+`python -m bench` measures again, `python -m bench.report` writes this page.
+
+"""
+
+
+def write(results: Results, page: Path, plots: Path) -> None:
+    """Writes the page and its plots."""
+    plots.mkdir(parents=True, exist_ok=True)
+    for old in plots.glob("*.svg"):
+        old.unlink()
+    text = "".join(_parts(results, page, plots))
+    page.write_text(text, encoding="utf-8")
+
+
+def _parts(results: Results, page: Path, plots: Path) -> Iterator[str]:
+    drawer = _Drawer(page, plots)
+    yield _HEAD + _source(results)
+    yield _targets(results)
+    yield _METHOD
+    for section in SECTIONS:
+        for index, cell in enumerate(results.case(section.case)):
+            if index == 0:
+                yield f"## {section.title}\n\n{section.text}\n\n"
+            yield _cell(section, cell, drawer)
+    yield _growth(results, drawer)
+    yield _ranks(results)
+    yield _contenders(results)
+
+
+def _source(results: Results) -> str:
+    machine = results.machine
+    skipped = {"commit", "cores", "memory_gib", "processor", "kernel", "file_system"}
+    versions = ", ".join(
+        f"{name} {value}"
+        for name, value in machine.items()
+        if name not in skipped and name != "huge_pages" and value is not None
+    )
+    scale = (
+        ""
+        if results.scale == "full"
+        else (
+            f'\n!!! warning "Not a full run"\n    Sizes and repeats are those of the '
+            f"`{results.scale}` scale; targets are for full sizes.\n"
+        )
+    )
+    name = results.path.name
+    return (
+        f"All numbers on this page come from [`{name}`](results/{name}.txt), measured "
+        f"at commit `{machine['commit']}` on {machine['cores']} cores "
+        f"({machine['processor']}), {machine['memory_gib']} GiB of memory, "
+        f"{machine['file_system']}, kernel {machine['kernel']}; {versions}.\n{scale}\n"
+    )
+
+
+def _targets(results: Results) -> str:
+    heads = "| metric | workload | target | measured | |\n|---|---|---|---|---|\n"
+    rows = []
+    missed = []
+    metric = ""
+    for target in TARGETS:
+        metric = target.metric or metric
+        verdict = target.verdict(results)
+        if verdict is None:
+            figure, word = "–", "not measured"
+        else:
+            figure, word = verdict.figure, "met" if verdict.is_met else "**missed**"
+            if not verdict.is_met and metric not in missed:
+                missed.append(metric)
+        rows.append(
+            f"| {target.metric} | {target.workload} | {target.aim} "
+            f"| {figure} | {word} |\n"
+        )
+    gpu = "".join(
+        f"| {metric} | one H100 or H200 | {aim} | – | needs a GPU |\n"
+        for metric, aim in GPU_TARGETS
+    )
+    spent = "".join(
+        f"- **{metric}**: {REMARKS[metric]}\n" for metric in REMARKS if metric in missed
+    )
+    head = "Where a target is missed, the time is spent on:\n\n" if spent else ""
+    return f"## Targets\n\n{heads}{''.join(rows)}{gpu}\n{head}{spent}\n"
+
+
+def _cell(section: Section, cell: CellResults, drawer: "_Drawer") -> str:
+    head = f"### {cell.name}\n\n" if cell.measured else ""
+    if not head:
+        return ""
+    num_repeats = max(len(rows) for rows in cell.measured.values())
+    about = f"{cell.workload.label}, n = {num_repeats}"
+    if cell.options.get("ring_gib") is not None:
+        about += f"; ring of aiockpt {cell.options['ring_gib']:g} GiB"
+    plot = drawer.bars(cell, section.plotted) if section.plotted else ""
+    return f"{head}{about}.\n\n{table(cell, section.columns)}\n\n{plot}"
+
+
+def _growth(results: Results, drawer: "_Drawer") -> str:
+    cells = results.case("growth")
+    by_size = [cell for cell in cells if cell.name.startswith("size")]
+    by_count = [cell for cell in cells if cell.name.startswith("tensors")]
+    if not cells:
+        return ""
+    text = (
+        "## Growth\n\nDurable throughput over the size of the state, and over the number "
+        "of tensors at equal size.\n\n"
+    )
+    columns = SECTIONS[0].columns
+    for cell in cells:
+        text += f"### {cell.name}\n\n{cell.workload.label}.\n\n"
+        text += f"{table(cell, columns)}\n\n"
+    text += drawer.lines("growth-size", "Durable throughput by size", by_size, "GiB")
+    text += drawer.lines(
+        "growth-tensors", "Durable throughput by tensors", by_count, "tensors"
+    )
+    return text
+
+
+def _ranks(results: Results) -> str:
+    if not results.ranks:
+        return ""
+    rows = "".join(
+        f"| {line['kind']} | {line['ranks']} | {line['median_ms']:.2f} "
+        f"({line['min_ms']:.2f}–{line['max_ms']:.2f}) | {line['median_cpu_ms']:.2f} |\n"
+        for line in results.ranks
+    )
+    return (
+        "## Ranks\n\nOne agreement of all ranks, as each commit needs two; 50 of them. "
+        "All ranks share this machine's cores, so the time holds the work of all, one "
+        "after another.\n\n"
+        "| ranks | number | ms | processor time of rank 0, ms |\n|---|---:|---:|---:|\n"
+        f"{rows}\n"
+    )
+
+
+class _Drawer:
+    """Draws plots to files, and says how a page shows them."""
+
+    def __init__(self, page: Path, plots: Path) -> None:
+        self._page = page
+        self._plots = plots
+
+    def bars(self, cell: CellResults, column: Column) -> str:
+        """A bar for each contender."""
+        rows = [
+            Bar(name, spread, _kind(name))
+            for name in CONTENDERS
+            if (spread := column.figure(cell, name)) is not None
+        ]
+        if len(rows) < 2 or any(row.spread.median <= 0 for row in rows):
+            return ""
+        question = CASES[cell.case].question
+        title = f"{question} {cell.name}"
+        name = _slug(f"{cell.case}-{cell.name}")
+        return self._shown(name, title, bars(title, column.head, rows))
+
+    def lines(self, name: str, title: str, cells: list[CellResults], unit: str) -> str:
+        """A line for each contender over the cells."""
+        column = SECTIONS[0].columns[0]
+        points: dict[str, list[tuple[float, float]]] = {}
+        for cell in cells:
+            size = (
+                cell.nbytes / GIB if unit == "GiB" else float(cell.workload.num_tensors)
+            )
+            for contender in cell.measured:
+                spread = column.figure(cell, contender)
+                if spread is not None:
+                    row = points.setdefault(contender, [])
+                    row.append((float(f"{size:.2g}"), spread.median))
+        ordered = [
+            Line(each, points[each])
+            for each in sorted(points, key=lambda each: not each.startswith("aiockpt"))
+        ]
+        if not any(len({x for x, _ in line.points}) > 1 for line in ordered):
+            return ""
+        return self._shown(name, title, lines(title, (unit, column.head), ordered))
+
+    def _shown(self, name: str, title: str, drawing: str) -> str:
+        path = self._plots / f"{name}.svg"
+        path.write_text(drawing, encoding="utf-8")
+        return f"![{title}]({path.relative_to(self._page.parent)})\n\n"
+
+
+def _kind(name: str) -> str:
+    if CONTENDERS[name].is_reference:
+        return "limit"
+    return "ours" if name.startswith("aiockpt") else "other"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _contenders(results: Results) -> str:
+    lines = [
+        "## Contenders\n",
+        "| contender | when its save has ended | runs here |",
+        "|---|---|---|",
+    ]
+    for name, contender in CONTENDERS.items():
+        cells: list[Any] = list(results.cells.values())
+        reasons = {cell.reasons[name] for cell in cells if name in cell.reasons}
+        is_measured = any(name in cell.measured for cell in cells)
+        words = ["yes"] if is_measured else []
+        words += [f"not everywhere: {_plain(reason)}" for reason in sorted(reasons)]
+        lines.append(
+            f"| {name} | {contender.durability} | {'; '.join(words) or 'not asked'} |"
+        )
+    lines += [f"| {name} | – | {reason} |" for name, reason in ELSEWHERE.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(reason: str) -> str:
+    return reason.replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,225 @@
+"""The project's targets for a machine without GPU, held against results."""
+
+__all__ = ["GPU_TARGETS", "TARGETS", "Target", "Verdict"]
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bench.contenders.ours import OurEngine, OurSyncEngine, Unsummed, Unverified
+from bench.contenders.raw import Writing
+from bench.contenders.safetensors_files import Synced as Safetensors
+from bench.contenders.torch_files import InThread, Mmapped
+from bench.contenders.torch_files import Synced as Torch
+from bench.report.results import CellResults, Results, Spread
+from bench.workloads import MIB
+
+_OURS = OurEngine.name
+_RAW = Writing.name
+_DCP = "DCP async_save, thread"
+_PER_RECORD_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a target stands.
+
+    Attributes:
+        figure: What was measured.
+        is_met: Whether that is what was aimed for.
+    """
+
+    figure: str
+    is_met: bool
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing that is aimed for.
+
+    Attributes:
+        metric: Of what.
+        workload: On what.
+        aim: How much.
+        case: The case that measures it.
+        cell: How the name of its cell begins.
+        check: Holds it against a cell; None where a contender is missing.
+    """
+
+    metric: str
+    workload: str
+    aim: str
+    case: str
+    cell: str
+    check: Callable[[CellResults], Verdict | None]
+
+    def verdict(self, results: Results) -> Verdict | None:
+        """How it stands; None where it was not measured."""
+        cell = results.cell(self.case, self.cell)
+        return self.check(cell) if cell is not None else None
+
+
+# ------------------------------------------------------------- kinds of checks
+
+
+def _at_least(spread: Spread | None, limit: float, unit: str = "×") -> Verdict | None:
+    if spread is None:
+        return None
+    return Verdict(f"{spread.text(2)} {unit}", spread.median >= limit)
+
+
+def _at_most(value: float | None, limit: float, unit: str) -> Verdict | None:
+    if value is None:
+        return None
+    return Verdict(f"{value:.2f} {unit}", value <= limit)
+
+
+def _faster(
+    other: str, limit: float, *, ours: str = _OURS, key: str = "durable_s"
+) -> Callable[[CellResults], Verdict | None]:
+    """How much sooner we are done than another, repeat by repeat."""
+    return lambda cell: _at_least(cell.ratio(other, ours, key), limit)
+
+
+def _worst(
+    key: str, limit: float, unit: str, factor: float, *, ours: str = _OURS
+) -> Callable[[CellResults], Verdict | None]:
+    """The greatest of all, the first of the process included."""
+
+    def check(cell: CellResults) -> Verdict | None:
+        worst = cell.worst(ours, key)
+        return None if worst is None else _at_most(worst * factor, limit, unit)
+
+    return check
+
+
+def _median(
+    key: str, limit: float, unit: str, factor: float, *, ours: str = _OURS
+) -> Callable[[CellResults], Verdict | None]:
+    def check(cell: CellResults) -> Verdict | None:
+        spread = cell.spread(ours, key, scale=factor)
+        if spread is None:
+            return None
+        return Verdict(f"{spread.text(2)} {unit}", spread.median <= limit)
+
+    return check
+
+
+def _first_plan(cell: CellResults) -> Verdict | None:
+    first = cell.first(_OURS, "plan_s")
+    return None if first is None else _at_most(1e3 * first, 200, "ms")
+
+
+def _stall_share(cell: CellResults) -> Verdict | None:
+    spread = cell.ratio(_DCP, _OURS, "stall_s")
+    if spread is None:
+        return None
+    return Verdict(f"1/{spread.median:.0f}", spread.median >= 500)
+
+
+def _lower_steps(other: str) -> Callable[[CellResults], Verdict | None]:
+    def check(cell: CellResults) -> Verdict | None:
+        ours = cell.spread(OurSyncEngine.name, "p50")
+        theirs = cell.spread(other, "p50")
+        if ours is None or theirs is None:
+            return None
+        figure = f"{ours.median:.2f} against {theirs.median:.2f}"
+        return Verdict(figure, ours.median < theirs.median)
+
+    return check
+
+
+def _fastest_load(cell: CellResults) -> Verdict | None:
+    times = {
+        name: spread.median
+        for name in (Torch.name, Mmapped.name, Safetensors.name)
+        if (spread := cell.spread(name, "seconds")) is not None
+    }
+    ours = cell.spread(_OURS, "seconds")
+    if ours is None or not times:
+        return None
+    best = min(times, key=lambda name: times[name])
+    ratio = ours.median / times[best]
+    return Verdict(f"{ratio:.2f} × the time of {best}", ratio <= 1)
+
+
+def _partial(cell: CellResults) -> Verdict | None:
+    tensor_bytes = cell.nbytes / cell.workload.num_tensors
+    directory_bytes = _PER_RECORD_BYTES * cell.workload.num_tensors
+    beyond = max(
+        (cell.worst(_OURS, key) or 0) - tensor_bytes - directory_bytes
+        for key in ("rchar_bytes", "read_bytes")
+    )
+    return Verdict(f"tensor + {beyond / MIB:.2f} MiB", beyond <= MIB)
+
+
+def _overhead(
+    with_it: str, without_it: str, key: str
+) -> Callable[[CellResults], Verdict | None]:
+    def check(cell: CellResults) -> Verdict | None:
+        spread = cell.ratio(with_it, without_it, key)
+        if spread is None:
+            return None
+        percent = Spread([100 * (value - 1) for value in spread.values])
+        return Verdict(f"{percent.text(1)} %", percent.median <= 5)
+
+    return check
+
+
+def _commit(cell: CellResults) -> Verdict | None:
+    spread = cell.ratio(_OURS, _RAW, "commit_s")
+    if spread is None:
+        return None
+    return Verdict(f"{spread.text(2)} ×", spread.median <= 10)
+
+
+# ------------------------------------------------------------------ the targets
+
+_BIG = "4 GiB, 300 tensors"
+_SMALL = "1 GiB in 100 000 tensors of 1–64 KiB"
+_LOADED = "4 GiB"
+_STALLED = "2 GiB, 300 tensors, a step of 1 s"
+_NESTED = "10 000 tensors in nested dicts"
+_ONE_CORE = "small CPU step, background save of 1 GiB"
+_SYNC = OurSyncEngine.name
+
+TARGETS: Sequence[Target] = [
+    Target("durable throughput", _BIG, "≥ 0.95 × raw", "throughput", "", _faster(_RAW, 0.95)),
+    Target("", "", "≥ 5 × `torch.save` + fsync", "throughput", "", _faster(Torch.name, 5)),
+    Target("", "", "≥ 1.3 × safetensors + fsync", "throughput", "", _faster(Safetensors.name, 1.3)),
+    Target("", "", "≥ 8 × DCP `async_save`", "throughput", "", _faster(_DCP, 8)),
+    Target("durable throughput", _SMALL, "≥ 0.5 × raw", "small", "", _faster(_RAW, 0.5)),
+    Target("", "", "≥ 3 × `torch.save` + fsync", "small", "", _faster(Torch.name, 3)),
+    Target("stall, ring ≥ state", _STALLED, "≤ 3 ms, first save included", "stall", "2 GiB, ring larger", _worst("stall_s", 3, "ms (worst)", 1e3)),
+    Target("", "", "≤ 1/500 of DCP `async_save`", "stall", "2 GiB, ring larger", _stall_share),
+    Target("stall in `save`", _NESTED, "≤ 15 ms, first included", "stall", "10 000", _worst("save_s", 15, "ms (worst)", 1e3)),
+    Target("planning in the worker", _NESTED, "≤ 200 ms first", "stall", "10 000", _first_plan),
+    Target("", "", "≤ 60 ms later", "stall", "10 000", _median("plan_s", 60, "ms", 1e3)),
+    Target("durable throughput under a GIL-bound trainer", "2 GiB, pure Python without a pause", "≥ 0.5 × raw", "gil", "", _faster(_RAW, 0.5, ours=_SYNC)),
+    Target("", "", "trainer's speed ≥ 0.9 of undisturbed", "gil", "", lambda cell: _at_least(cell.spread(_SYNC, "trainer_speed"), 0.9)),
+    Target("peak host memory", "8 GiB, `host_cache_size` 0.5", "≤ 0.5 GiB + 96 MiB", "growth", "size: 8", _worst("extra_rss_bytes", 512 + 96, "MiB (worst)", 1 / MIB)),
+    Target("loop gap, caller's loop", "4 GiB save and commit", "p99 ≤ 4 ms", "gap", "4 GiB", _median("caller_p99_s", 4, "ms", 1e3)),
+    Target("", "", "max ≤ 15 ms", "gap", "4 GiB", _worst("caller_max_s", 15, "ms (worst)", 1e3)),
+    Target("loop gap, engine's loop", "4 GiB save and commit", "p99 ≤ 4 ms", "gap", "4 GiB", _median("engine_p99_s", 4, "ms", 1e3)),
+    Target("", "", "max ≤ 15 ms", "gap", "4 GiB", _worst("engine_max_s", 15, "ms (worst)", 1e3)),
+    Target("step inflation", _ONE_CORE, "p50 ≤ 1.10", "steps", "1 GiB, trainer on 1", _median("p50", 1.10, "×", 1, ours=_SYNC)),
+    Target("", "", "lower than DCP `async_save`'s", "steps", "1 GiB, trainer on 1", _lower_steps(_DCP)),
+    Target("", "", "lower than a thread's with `torch.save`", "steps", "1 GiB, trainer on 1", _lower_steps(InThread.name)),
+    Target("restore to CPU, fresh", _LOADED, "≥ 0.85 × raw read into touched memory", "load", "", _faster(_RAW, 0.85, key="seconds")),
+    Target("", "", "not slower than the fastest of torch (plain, mmap) and safetensors", "load", "", _fastest_load),
+    Target("restore in place", _LOADED, "≥ 0.95 × raw", "into", "", _faster(_RAW, 0.95, key="seconds")),
+    Target("", "", "extra memory ≤ ring (0.5 GiB)", "into", "", _worst("extra_rss_bytes", 512, "MiB (worst)", 1 / MIB)),
+    Target("partial load", "one tensor of 4 GiB", "reads ≤ tensor + 1 MiB + directory", "partial", "", _partial),
+    Target("checksum cost, save", "1 GiB", "≤ 5 %", "checksum", "", _overhead(_OURS, Unsummed.name, "durable_s")),
+    Target("checksum cost, load", _LOADED, "≤ 5 %", "load", "", _overhead(_OURS, Unverified.name, "seconds")),
+    Target("commit beyond the data", "8 files", "≤ 10 × raw (write, fsync, rename, fsync directory)", "commit", "8 files", _commit),
+]  # fmt: skip
+
+GPU_TARGETS: Sequence[tuple[str, str]] = [
+    ("device-to-host staging", "≥ 95 % of the pinned copy rate"),
+    ("stall per 20 GB save, lazy", "≤ 40 ms"),
+    ("training throughput lost, save every 10 steps", "< 1 %"),
+    ("step inflation while copying", "≤ 1.05"),
+    ("durable throughput", "≥ 0.95 × raw disk"),
+    ("restore from page cache or /dev/shm to GPU", "≥ 50 GB/s"),
+    ("restore from disk", "≥ 0.9 × raw disk"),
+]

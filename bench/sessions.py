@@ -1,0 +1,160 @@
+"""A process for each contender, and the words that go to and from it."""
+
+__all__ = ["Bench", "ContenderError", "Session"]
+
+import contextlib
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.contenders import CONTENDERS
+from bench.contenders.base import Contender, Options
+from bench.contenders.raw import RawBytes
+from bench.measuring import Memory
+from bench.workloads import Workload, flatten, mapped
+
+_TIMEOUT_S = 300
+_CLOSING_S = 60
+
+_context = multiprocessing.get_context("forkserver")
+# Imported once; the processes are then forked from one that has no threads.
+_context.set_forkserver_preload(
+    ["torch.distributed.checkpoint", "bench.contenders", "bench.cases"]
+)
+
+
+class ContenderError(Exception):
+    """A contender failed, or what it has saved is not what was to be saved."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a case works with, in the process of a contender.
+
+    Attributes:
+        contender: Ready to save.
+        workload: What the state is.
+        state: It, in memory that is there already.
+        memory: Counts from before the contender was made ready.
+        settings: What the case has been told.
+    """
+
+    contender: Contender
+    workload: Workload
+    state: dict[str, Any]
+    memory: Memory
+    settings: Mapping[str, Any]
+
+    def check(self, loaded: Mapping[str, Any], keys: list[str] | None = None) -> None:
+        """Returns if what was loaded is what was saved, bit for bit.
+
+        Args:
+            loaded: It.
+            keys: Which tensors it should be; by default all.
+        """
+        raw = loaded.get("raw")
+        if isinstance(raw, RawBytes):
+            if not raw.are_as_written():
+                raise ContenderError("not the bytes that were written")
+            return
+        expected, found = flatten(self.state), flatten(loaded)
+        if keys is not None:
+            expected = {key: expected[key] for key in keys}
+        if expected.keys() != found.keys():
+            raise ContenderError("not the tensors that were saved")
+        for name, tensor in expected.items():
+            if not torch.equal(tensor, found[name]):
+                raise ContenderError(f"{name} is not what was saved")
+
+
+Measure = Callable[[Bench, str], dict[str, float]]
+"""Measures once, with the tag to be used; runs in the process of a contender."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process is started with; goes through a pipe."""
+
+    contender: str
+    measure: Measure
+    workload: Workload
+    memory: Path
+    directory: Path
+    options: Options
+    settings: Mapping[str, Any]
+
+
+class Session:
+    """One contender at work on one workload, in a process of its own."""
+
+    def __init__(self, task: Task) -> None:
+        """Starts the process; it makes itself ready."""
+        self._pipe, theirs = _context.Pipe()
+        self._process = _context.Process(target=_serve, args=(theirs, task))
+        self._process.start()
+        theirs.close()
+        self._answer()
+
+    def ask(self, tag: str) -> dict[str, float]:
+        """What was measured.
+
+        Raises:
+            ContenderError: With what the process said, or that it said nothing.
+        """
+        self._pipe.send(tag)
+        return self._answer()
+
+    def _answer(self) -> dict[str, float]:
+        try:
+            if not self._pipe.poll(_TIMEOUT_S):
+                raise ContenderError(f"no answer in {_TIMEOUT_S} s")
+            answer: dict[str, float] | str = self._pipe.recv()
+        except EOFError:
+            raise ContenderError("its process has died") from None
+        if isinstance(answer, str):
+            raise ContenderError(answer)
+        return answer
+
+    def close(self) -> None:
+        """Ends the process; by force where it does not end."""
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
+        self._process.join(_CLOSING_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._pipe.close()
+
+
+def _serve(pipe: Connection, task: Task) -> None:
+    """The process: measures whenever it is asked to."""
+    _be_quiet(task.directory)
+    try:
+        contender = CONTENDERS[task.contender]()
+        state = task.workload.state(mapped(task.memory))
+        memory = Memory()
+        contender.setup(task.directory, task.options)
+        bench = Bench(contender, task.workload, state, memory, task.settings)
+        pipe.send({})
+        while (tag := pipe.recv()) is not None:
+            pipe.send(task.measure(bench, tag))
+        contender.teardown()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent tells it
+        traceback.print_exc()
+        first, *_ = [*str(error).splitlines(), ""]
+        pipe.send(f"{type(error).__name__}: {first}")
+
+
+def _be_quiet(directory: Path) -> None:
+    """What contenders print goes to a file beside their saves."""
+    log = os.open(directory / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
