@@ -14,7 +14,7 @@ CONSTRAINTS = "constraints.txt"
 REUSE_VENV = "no" if os.environ.get("CI") else "yes"
 
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "tests", "bench_smoke"]
 nox.options.reuse_venv = REUSE_VENV
 nox.options.error_on_external_run = True
 

@@ -27,7 +27,7 @@ def test_ci_runs_the_command_that_the_readme_gives():
     assert len(commands) == 2
     ci_lines = text_of(".ci/run").splitlines()
     assert [c for c in commands if c in ci_lines] == [
-        "python3 -m pip install nox && python3 -m nox -s tests lint types"
+        "python3 -m pip install nox && python3 -m nox -s tests lint types bench_smoke"
     ]
 
 

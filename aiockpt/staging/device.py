@@ -139,7 +139,7 @@ class DeviceStager:
             with suppress(StagingError):
                 await in_flight.ended()
             if isinstance(error, DeviceError):
-                raise StagingError(f"copying to the ring failed: {error}") from error
+                raise StagingError(f"copying to the ring failed: {error}") from error  # noqa: ASYNC104 - a device error is no cancellation
             raise
         return in_flight
 
