@@ -66,9 +66,9 @@ def test_any_flipped_bit_of_a_file_is_told(cases, tags, engine, name):
     data = path.read_bytes()
     chosen = random.Random(f"bits of {name}")
     # Everywhere, and more often at the ends, where the structure is.
-    bits = [chosen.randrange(8 * len(data)) for _ in range(cases.pick(250, 5000))]
+    bits = [chosen.randrange(8 * len(data)) for _ in range(cases.pick(400, 5000))]
     ends = [*range(8 * 300), *range(8 * (len(data) - 600), 8 * len(data))]
-    bits += chosen.sample(ends, cases.pick(150, 3000))
+    bits += chosen.sample(ends, cases.pick(300, 3000))
     for bit in bits:
         with cases.case(9, "a bit of a file", f"{name}, {bit}"):
             with replaced(path, flipped(data, bit)):

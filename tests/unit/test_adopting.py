@@ -172,3 +172,17 @@ def test_only_what_was_published_by_it_is_retracted(catalog, root):
     publish(catalog, root, "a", {"model.pt": b"newer"}, is_overwrite=True)
     catalog.retract(manifest, prepared["directory"])
     assert (root / "a/model.pt").read_bytes() == b"newer"
+
+
+def test_a_tag_that_is_published_stays_so_where_late_files_cannot_be_looked_for(
+    catalog, root, caplog
+):
+    content = put_foreign(root, "a")
+    prepared = prepare(catalog, root)
+    unreadable = Fault("scandir", Fail(errno.EIO), path=prepared["directory"])
+    with inject(unreadable) as injection:
+        catalog.publish("a", **prepared, is_overwrite=True, adopts=True)
+    assert injection.spoiled
+    assert catalog.latest() == "a"
+    assert_foreign(root, "a", content)
+    assert "are lost" in caplog.text

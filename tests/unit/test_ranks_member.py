@@ -534,3 +534,21 @@ async def test_a_failed_call_keeps_nothing_alive():
             assert kept[0]() is None
         finally:
             gc.enable()
+
+
+async def test_a_failure_that_is_passed_on_is_that_of_the_rank_it_was_on():
+    async with star(2) as job:
+        cause = OSError("disk full")
+        calls = [
+            job.members[0].object("one", cause, "write"),
+            job.members[1].consult("one", b"", never),
+        ]
+        own, told = await outcomes(calls)
+        calls = [
+            job.members[1].object("two", told, "stage"),
+            job.members[0].object("two", own, "stage"),
+        ]
+        for error in await outcomes(calls):
+            assert (error.rank, error.phase) == (0, "write")
+            assert str(error) == "rank 0 failed in write: OSError: disk full"
+        assert own.__cause__ is cause

@@ -4,12 +4,13 @@ import asyncio
 import os
 import random
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import aiockpt
-from aiockpt.errors import CheckpointNotFoundError
+from aiockpt.errors import CheckpointNotFoundError, EngineStateError
 from aiockpt.retention import KeepLast
 from aiockpt.testing.roots import assert_root_consistent
 from faults.power.contenders import is_state, state
@@ -155,8 +156,16 @@ class Reading:
             self.seeds[tag] = number % 60
             await save(self._engine, tag, number % 60)
             if number >= NUM_KEPT:
-                await self._engine.delete(f"step-{number - NUM_KEPT}")
+                await self._delete(f"step-{number - NUM_KEPT}")
         self.is_over = True
+
+    async def _delete(self, tag: str) -> None:
+        """Deletes a tag as soon as nobody holds a lease on it."""
+        while True:
+            try:
+                return await self._engine.delete(tag)
+            except EngineStateError:
+                await asyncio.sleep(0)
 
     async def read(self, cases, index: int) -> None:
         """Loads tags that were there a moment ago."""
@@ -169,10 +178,17 @@ class Reading:
             tag = choices.choice(tags)
             with cases.case(21, f"reads by {NUM_READERS} during commits", tag):
                 try:
-                    loaded = await self._engine.load(PATH, tag=tag)
+                    loaded = await self._load(tag, is_leased=index % 16 == 0)
                 except CheckpointNotFoundError:
                     continue
                 assert is_state(loaded, self.seeds[tag])
+
+    async def _load(self, tag: str, *, is_leased: bool) -> Mapping[str, Any]:
+        if not is_leased:
+            return await self._engine.load(PATH, tag=tag)
+        async with self._engine.reading(tag):
+            # Whatever comes meanwhile, it is there.
+            return await self._engine.load(PATH, tag=tag)
 
 
 async def test_readers_get_all_of_a_tag_or_nothing_while_tags_come_and_go(
