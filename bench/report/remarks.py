@@ -15,14 +15,15 @@ REMARKS: dict[str, str] = {
         "below."
     ),
     "durable throughput, small tensors": (
-        "Python, tensor by tensor: nine tenths of the planning is pickling and laying "
-        "out records, before the first byte is written; then two CRC calls, two "
-        "combinations and a seal for each tensor, in the workers, which share one "
-        "interpreter."
+        "Python, tensor by tensor, in threads that share one interpreter. Planning comes "
+        "before the first byte: half of it is pickling (torch's arguments of each "
+        "tensor), the rest laying out records and cutting them into chunks, which is "
+        "kept where the sizes are those of the save before. Then each tensor costs two "
+        "calls of CRC-32, two combinations and a seal."
     ),
     "planning in the worker": (
-        "pickling, three quarters of it (torch's arguments of each tensor, one by one), "
-        "then the layout, which is kept where the sizes are those of the save before."
+        "pickling (torch's arguments of each tensor, one by one), more than half of it "
+        "for the first save and nearly all later, when layout and chunks are kept."
     ),
     "commit beyond the data": (
         "six fsyncs, whatever the number of files: the manifest, its directory, the "
