@@ -34,7 +34,7 @@ _TIMEOUT_S = 300
 _WORLD_SIZES = {
     Scale.FULL: ((2, 4, 8, 16), (64, 512, 4096)),
     Scale.MEDIUM: ((2, 4), (64, 512)),
-    Scale.TINY: ((2,), (16,)),
+    Scale.TINY: ((2,), (3,)),
 }
 _SELF = (sys.executable, "-m", "bench.ranks")
 _NUM_PROCESSES = 4

@@ -9,6 +9,8 @@ from typing import Any
 
 from bench.cases import CASES
 from bench.contenders import CONTENDERS, ELSEWHERE
+from bench.contenders.ours import OurEngine
+from bench.report import deepspeed
 from bench.report.plots import Bar, Line, bars, lines
 from bench.report.remarks import REMARKS
 from bench.report.results import CellResults, Results
@@ -44,6 +46,16 @@ _METHOD = """\
 """
 
 
+_STAGES = {
+    "plan_s": "planned",
+    "stage_s": "all staged after",
+    "write_s": "all written after",
+    "sync_s": "fsync of files",
+    "publish_s": "published in",
+    "durable_s": "durable after",
+}
+
+
 def write(results: Results, page: Path, plots: Path) -> None:
     """Writes the page and its plots."""
     plots.mkdir(parents=True, exist_ok=True)
@@ -64,6 +76,8 @@ def _parts(results: Results, page: Path, plots: Path) -> Iterator[str]:
                 yield f"## {section.title}\n\n{section.text}\n\n"
             yield _cell(section, cell, drawer)
     yield _growth(results, drawer)
+    yield _stages(results)
+    yield deepspeed.section(results.path.parent)
     yield _ranks(results)
     yield _contenders(results)
 
@@ -132,6 +146,24 @@ def _cell(section: Section, cell: CellResults, drawer: "_Drawer") -> str:
         about += f"; ring of aiockpt {cell.options['ring_gib']:g} GiB"
     plot = drawer.bars(cell, section.plotted) if section.plotted else ""
     return f"{head}{about}.\n\n{table(cell, section.columns)}\n\n{plot}"
+
+
+def _stages(results: Results) -> str:
+    """Where the engine's time goes, as its own reports tell."""
+    heads = " | ".join(f"{head}, ms" for head in _STAGES.values())
+    rows = []
+    for cell in results.cells.values():
+        told = [cell.spread(OurEngine.name, key, scale=1e3) for key in _STAGES]
+        if told[0] is not None:
+            figures = " | ".join(each.text(1) if each else "–" for each in told)
+            rows.append(f"| {cell.case}: {cell.name} | {figures} |\n")
+    if not rows:
+        return ""
+    return (
+        "## Where the engine's time goes\n\nFrom its own commit reports. *After* counts "
+        "from the call of `save`; the stages overlap.\n\n"
+        f"| case | {heads} |\n|---|{'---:|' * len(_STAGES)}\n{''.join(rows)}\n"
+    )
 
 
 def _growth(results: Results, drawer: "_Drawer") -> str:
