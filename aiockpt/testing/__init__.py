@@ -2,7 +2,7 @@
 
 `faults` makes the system's calls fail, fall short or be the last; `roots` checks that
 what is left on the disk is what aiockpt promises. `strategies` (needs hypothesis)
-makes state dicts, and `storage_contract` (needs pytest) tests an implementation of the
+makes state dicts, `simulated_device` pretends CUDA devices, and `storage_contract` (needs pytest) tests an implementation of the
 storage port. Nothing in aiockpt imports this package.
 """
 
