@@ -36,7 +36,7 @@ class Scale(StrEnum):
         parts = {Scale.FULL: 1, Scale.MEDIUM: 8, Scale.TINY: 512}
         return max(nbytes // parts[self], min(nbytes, 2 * MIB))
 
-    def count(self, number: int) -> int:
+    def number(self, number: int) -> int:
         """The number of things of which there are `number` at full scale."""
         parts = {Scale.FULL: 1, Scale.MEDIUM: 4, Scale.TINY: 200}
         return max(number // parts[self], min(number, 20))

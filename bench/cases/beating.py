@@ -75,8 +75,8 @@ async def _beating(bench: Bench, tag: str) -> dict[str, float]:
 
 
 def _cells(scale: Scale) -> Sequence[Cell]:
-    workload = Workload(scale.size(4 * GIB), scale.count(300))
-    small = Workload(scale.size(1 * GIB), scale.count(300))
+    workload = Workload(scale.size(4 * GIB), scale.number(300))
+    small = Workload(scale.size(1 * GIB), scale.number(300))
     idle = {"idle_s": scale.seconds(1.0)}
     peers = (OURS, DCP_THREAD, _IN_THREAD, TORCH)
     return [

@@ -95,7 +95,7 @@ def _cells(scale: Scale) -> Sequence[Cell]:
             settings={"num_files": num_files},
         )
         for num_files in (1, 8, 64, 512)
-        if num_files <= scale.count(512)
+        if num_files <= scale.number(512)
     ]
 
 

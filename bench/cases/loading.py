@@ -67,7 +67,7 @@ def _partial(scale: Scale) -> Sequence[Cell]:
 def _cell(
     scale: Scale, name: str, gib: float, contenders: Sequence[str], repeats: int
 ) -> Cell:
-    workload = Workload(scale.size(int(gib * GIB)), scale.count(300))
+    workload = Workload(scale.size(int(gib * GIB)), scale.number(300))
     # Who only looks whether it runs leaves the machine's caches alone.
     settings = {
         "is_partial": name.startswith("one of"),

@@ -61,7 +61,7 @@ def _throughput(scale: Scale) -> Sequence[Cell]:
     return [
         Cell(
             "4 GiB",
-            Workload(scale.size(4 * GIB), scale.count(300)),
+            Workload(scale.size(4 * GIB), scale.number(300)),
             (RAW, "raw O_DIRECT, 4 threads", OURS, TORCH, SAFETENSORS, DCP_THREAD),
             scale.repeats(5),
         )
@@ -69,7 +69,7 @@ def _throughput(scale: Scale) -> Sequence[Cell]:
 
 
 def _many_small(scale: Scale) -> Sequence[Cell]:
-    num_tensors = scale.count(100_000)
+    num_tensors = scale.number(100_000)
     return [
         Cell(
             "1 GiB in tensors of 1 to 64 KiB",
@@ -99,13 +99,13 @@ def _field(scale: Scale) -> Sequence[Cell]:
         META,
         LIGHTNING,
     )
-    workload = Workload(scale.size(GIB // 2), scale.count(300))
+    workload = Workload(scale.size(GIB // 2), scale.number(300))
     return [Cell("0.5 GiB", workload, contenders, scale.repeats(3))]
 
 
 def _stall(scale: Scale) -> Sequence[Cell]:
     step = {"step_s": scale.seconds(1.0)}
-    size = Workload(scale.size(2 * GIB), scale.count(300))
+    size = Workload(scale.size(2 * GIB), scale.number(300))
     # The others' stall is in the field's table: they copy, too, before they return.
     peers = (DCP_THREAD, DCP_PROCESS, META)
     return [
@@ -127,7 +127,7 @@ def _stall(scale: Scale) -> Sequence[Cell]:
         ),
         Cell(
             "10 000 tensors in nested dicts",
-            Workload(scale.size(40 * MIB), scale.count(10_000), is_nested=True),
+            Workload(scale.size(40 * MIB), scale.number(10_000), is_nested=True),
             (OURS, DCP_THREAD, "torch.save + fsync in a thread"),
             scale.repeats(5),
             settings=step,
@@ -137,7 +137,7 @@ def _stall(scale: Scale) -> Sequence[Cell]:
 
 def _checksum(scale: Scale) -> Sequence[Cell]:
     contenders = (RAW, OURS, "aiockpt, checksums cut out")
-    workload = Workload(scale.size(1 * GIB), scale.count(300))
+    workload = Workload(scale.size(1 * GIB), scale.number(300))
     return [Cell("1 GiB", workload, contenders, scale.repeats(9))]
 
 
@@ -149,7 +149,7 @@ def _growth(scale: Scale) -> Sequence[Cell]:
         *(
             Cell(
                 f"size: {nbytes / GIB:g} GiB",
-                Workload(scale.size(nbytes), scale.count(300)),
+                Workload(scale.size(nbytes), scale.number(300)),
                 (RAW, OURS, TORCH, SAFETENSORS),
                 scale.repeats(2 if nbytes > GIB else 3),
                 num_warm_ups=0 if nbytes > GIB else 1,
@@ -159,7 +159,7 @@ def _growth(scale: Scale) -> Sequence[Cell]:
         *(
             Cell(
                 f"tensors: {number}",
-                Workload(scale.size(256 * MIB), scale.count(number)),
+                Workload(scale.size(256 * MIB), scale.number(number)),
                 (RAW, OURS, TORCH, SAFETENSORS)
                 # A minute and more for each save with more tensors.
                 + ((DCP_THREAD,) if number <= 10_000 else ()),  # noqa: PLR2004

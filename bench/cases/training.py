@@ -163,7 +163,7 @@ def _count_for(is_over: Callable[[float], bool], seconds: float) -> float:
 
 
 def _step_cells(scale: Scale) -> Sequence[Cell]:
-    workload = Workload(scale.size(1 * GIB), scale.count(300))
+    workload = Workload(scale.size(1 * GIB), scale.number(300))
     contenders = (_OURS, DCP_THREAD, DCP_PROCESS, _IN_THREAD, META)
     return [
         Cell(
@@ -182,7 +182,7 @@ def _step_cells(scale: Scale) -> Sequence[Cell]:
 
 
 def _python_cells(scale: Scale) -> Sequence[Cell]:
-    workload = Workload(scale.size(2 * GIB), scale.count(300))
+    workload = Workload(scale.size(2 * GIB), scale.number(300))
     return [
         Cell(
             "2 GiB",

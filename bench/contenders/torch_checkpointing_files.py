@@ -70,8 +70,9 @@ class Managed(Contender):
     ) -> Mapping[str, Any]:
         path = str(self.directory / tag)
         targets = like if is_in_place else {k: torch.empty_like(like[k]) for k in like}
-        loaded: Mapping[str, Any] = self._manager.load(path, {"state": dict(targets)})
-        return loaded["state"]
+        item = {"state": dict(targets)}
+        loaded: Mapping[str, Any] = self._manager.load(path, item)["state"]
+        return loaded
 
     @override
     def teardown(self) -> None:
