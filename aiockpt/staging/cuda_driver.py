@@ -28,7 +28,11 @@ _BUS_ID_BYTES: Final = 20
 
 def current_device() -> int | None:
     """The calling thread's own device; None where it has used none yet."""
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    return torch.cuda.current_device() if _is_cuda_used() else None
+
+
+def _is_cuda_used() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 class _Event:
@@ -71,7 +75,7 @@ class CudaDriver(Driver):
     ) -> set[int]:
         """See `Driver.devices_of`."""
         # Where nothing of CUDA has been used, no tensor can be on a device.
-        if not torch.cuda.is_initialized():
+        if not _is_cuda_used():
             return set()
         numbers = set(map(torch.Tensor.get_device, tensors)) - {-1}
         if numbers:

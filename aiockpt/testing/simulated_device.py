@@ -242,7 +242,8 @@ class SimulatedDevices(Driver):
         self, tensors: Iterable[torch.Tensor], storages: Iterable[torch.UntypedStorage]
     ) -> set[int]:
         """See `Driver.devices_of`."""
-        found = {self.device_of(data) for data in (*tensors, *storages)}
+        found = {self.device_of(tensor) for tensor in tensors}
+        found |= {self.device_of(storage) for storage in storages}
         return {device for device in found if device is not None}
 
     @override
