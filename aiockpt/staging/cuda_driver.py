@@ -26,14 +26,13 @@ _PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
 _BUS_ID_BYTES: Final = 20
 
 
-def _is_in_use() -> bool:
-    """Whether this process has used CUDA through torch."""
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
 def current_device() -> int | None:
     """The calling thread's own device; None where it has used none yet."""
-    return torch.cuda.current_device() if _is_in_use() else None
+    return torch.cuda.current_device() if _is_cuda_used() else None
+
+
+def _is_cuda_used() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 class _Event:
@@ -76,7 +75,7 @@ class CudaDriver(Driver):
     ) -> set[int]:
         """See `Driver.devices_of`."""
         # Where nothing of CUDA has been used, no tensor can be on a device.
-        if not _is_in_use():
+        if not _is_cuda_used():
             return set()
         numbers = set(map(torch.Tensor.get_device, tensors)) - {-1}
         if numbers:

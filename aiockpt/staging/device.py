@@ -132,16 +132,28 @@ class DeviceStager:
             is_pinned = await devices.memory.ready(
                 lease.address, chunk.nbytes, next(iter(self._starts))
             )
-            enqueue = partial(self._enqueue, lease, chunk, sources, in_flight)
-            await run_blocking(self._copiers, enqueue, is_pinned=is_pinned)
-        except BaseException as error:
+            begin = partial(self._begin, lease, chunk, sources, in_flight)
+            await run_blocking(self._copiers, begin, is_pinned=is_pinned)
+        except BaseException:
             # A piece may be under way, and the lease will not be kept for it.
             with suppress(StagingError):
                 await in_flight.ended()
-            if isinstance(error, DeviceError):
-                raise StagingError(f"copying to the ring failed: {error}") from error  # noqa: ASYNC104 - a device error is no cancellation
             raise
         return in_flight
+
+    def _begin(
+        self,
+        lease: Lease,
+        chunk: Chunk,
+        sources: Sequence[Source],
+        in_flight: InFlight,
+        *,
+        is_pinned: bool,
+    ) -> None:
+        try:
+            self._enqueue(lease, chunk, sources, in_flight, is_pinned=is_pinned)
+        except DeviceError as error:
+            raise StagingError(f"copying to the ring failed: {error}") from error
 
     def _enqueue(
         self,
