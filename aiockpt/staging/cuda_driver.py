@@ -9,6 +9,7 @@ on a device that is not its tensors', and leaves none behind.
 __all__ = ["CudaDriver", "current_device"]
 
 import contextlib
+import importlib
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -342,8 +343,8 @@ class CudaDriver(Driver):
 
 def _probe() -> Any:
     """The bindings, if they lead to a driver."""
-    from cuda.bindings import driver
-
+    # By name: the package has no types.
+    driver: Any = importlib.import_module("cuda.bindings.driver")
     (result, *_) = driver.cuInit(0)
     if int(result):
         raise DeviceError(f"cuInit: {getattr(result, 'name', result)}")
