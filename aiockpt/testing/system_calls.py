@@ -182,7 +182,7 @@ _BY_DESCRIPTOR = {
     "write": "write",
     "close": "close",
 }
-_BY_PATH = ("mkdir", "rmdir", "scandir", "stat", "statvfs", "unlink")
+_BY_PATH = ("lstat", "mkdir", "rmdir", "scandir", "stat", "statvfs", "unlink")
 _BY_TWO_PATHS = {"link": "link", "rename": "rename", "replace": "rename"}
 _DESCRIPTORS = "/proc/self/fd/"
 

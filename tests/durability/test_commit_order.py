@@ -200,6 +200,8 @@ def test_nothing_else_on_the_way_of_a_save_reaches_the_file_system():
         "runtime",
         "machinery",
         "onefile",
+        *("single_files", "replicas", "agreement", "adopting", "work_area", "leases"),
+        *("watching", "tag_loader", "deadline", "preflight"),
     ):
         module = sys.modules[f"aiockpt.{name}"]
         for node in ast.walk(ast.parse(inspect.getsource(module))):
