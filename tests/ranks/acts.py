@@ -204,6 +204,23 @@ def abort(rank: int, world_size: int, root: str, at: int) -> Any:
         return first, attempt(lambda: save_all(engine, "a", rank))
 
 
+def replicate_again(rank: int, world_size: int, root: str) -> Any:
+    """Rank 0 saves a file of all ranks, the others do not come; then all do better."""
+    with aiockpt.sync.CheckpointEngine(root, RING) as engine:
+        engine.create("a")
+        if rank == 0:
+            engine.save(state(0), "model.pt", replicated=True)
+        engine.abort("a")
+        engine.create("a")
+        engine.save(state(0), "model.pt", replicated=True)
+        result = attempt(lambda: engine.commit("a").num_files)
+        engine.create("alone")
+        if rank == 0:
+            engine.save(state(0), "model.pt")
+        engine.commit("alone")
+        return result
+
+
 def leave(rank: int, world_size: int, root: str, at: int) -> Any:
     """Rank `at` closes its engine, with the tag open."""
     engine = aiockpt.sync.CheckpointEngine(root, RING)

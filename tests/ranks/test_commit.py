@@ -142,6 +142,13 @@ def test_a_rank_that_aborts_fails_the_commit_of_the_others(jobs, root, at):
     assert_root_consistent(root, acked=["a"], is_swept=True)
 
 
+def test_a_file_of_all_ranks_is_tried_again_and_is_that_of_one_rank(jobs, root):
+    assert jobs.run("ranks.acts:replicate_again", 3, root=root) == [1, 1, 1]
+    files = [Path(root, tag, "model.pt").read_bytes() for tag in ("a", "alone")]
+    assert files[0] == files[1]
+    assert_root_consistent(root, acked=["a", "alone"], is_swept=True)
+
+
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_rank_that_leaves_fails_the_commit_of_the_others(jobs, root, at):
     results = jobs.run("ranks.acts:leave", 2, root=root, at=at)

@@ -23,6 +23,7 @@ from aiockpt.catalog import Catalog
 from aiockpt.errors import (
     CheckpointNotFoundError,
     EngineStateError,
+    InvalidArgumentError,
     PeerError,
     StorageError,
 )
@@ -61,9 +62,11 @@ class OneRank:
         )
         return Attempt(means, tag, agreement)
 
-    async def save(self, attempt: Attempt, data: bytes = b"data") -> None:
+    async def save(self, attempt: Attempt, path: str = "") -> None:
         """Adds a file that is durable already."""
-        save = FileSave(attempt.tag, f"dir/{self.ranks.rank}.pt", None)
+        data = b"data"
+        path = path or f"dir/{self.ranks.rank}.pt"
+        save = FileSave(attempt.tag, path, None)
         save.entry = FileEntry(
             path=save.path,
             nbytes=len(data),
@@ -332,6 +335,54 @@ async def test_nothing_of_a_failed_opening_is_remembered(
             await ranks.opened()
         await turns(50)
         assert hub.num_open == 0
+
+
+@pytest.mark.parametrize("name", ["join", "place"])
+async def test_a_tag_that_cannot_be_opened_fails_no_other_that_is_being_opened(
+    tmp_path, name, monkeypatch, planners
+):
+    roots = [tmp_path / "r0", tmp_path / "r1", tmp_path / "r2"]
+    async with crew(roots, planners) as ranks:
+        catalog = ranks[1].catalog
+        with held(monkeypatch, catalog, name) as gate:
+            opening = asyncio.create_task(ranks.opened(tag="a"))
+            await ranks[1].blocking(gate.wait_reached)
+            error = StorageError(errno.EROFS, "read-only", "x")
+            monkeypatch.setattr(catalog, name, failing(error))
+            results = await ranks.each(lambda rank: rank.create("b"))
+        assert isinstance(results[1], StorageError)
+        assert no_others([results[0], results[2]]).rank == 1
+        reports = await ranks.commit(await opening)
+        assert [report.num_files for report in reports] == [3] * 3
+
+
+async def test_what_is_said_late_of_an_attempt_that_has_ended_fails_no_later_one(
+    roots, planners
+):
+    async with crew(roots, planners) as ranks:
+        attempts = await ranks.opened()
+        # Both say that it failed; the other ranks wait for one word only.
+        await outcomes([attempts[1].abort(), attempts[1].abort()])
+        for failure in (await ranks.commit(attempts))[::2]:
+            assert (failure.rank, failure.phase) == (1, "abort")
+        await ranks.retry()
+
+
+# The files of a tag have one list, wherever they lie.
+@pytest.mark.parametrize("path", ["a.pt", "a.pt/b.pt"])
+async def test_files_of_two_places_that_cannot_stand_side_by_side_fail_on_all(
+    tmp_path, path, planners
+):
+    async with crew([tmp_path / "r0", tmp_path / "r1"], planners) as ranks:
+        attempts = await ranks.each(OneRank.create)
+        await ranks[0].save(attempts[0], path)
+        await ranks[1].save(attempts[1], "a.pt")
+        for failure in await ranks.commit(attempts):
+            assert isinstance(failure, InvalidArgumentError)
+            assert "of rank 1" in str(failure)
+            assert f"{path!r} of rank 0" in str(failure)
+        assert await ranks.each(OneRank.tags) == [[]] * 2
+        await ranks.retry()
 
 
 async def test_what_cannot_be_removed_does_not_hide_why_a_tag_was_not_opened(

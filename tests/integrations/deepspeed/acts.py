@@ -90,7 +90,7 @@ def fail(rank: int, world_size: int, root: str, at: int, step: str) -> Any:
     return raised, between, again, latest(root)
 
 
-def break_off(rank: int, world_size: int, root: str, at: int) -> Any:
+def break_off(rank: int, world_size: int, root: str, at: int, *, drains: bool) -> Any:
     """Rank `at` fails in the middle of handing over, where the others do not."""
     engine = LazyCheckpointEngine(RING)
 
@@ -102,10 +102,12 @@ def break_off(rank: int, world_size: int, root: str, at: int) -> Any:
                 raise CheckpointError("the client's state cannot be had")
 
     first = attempt(hand_over_or_fail)
-    drained = attempt(engine.drain)
+    engine._wait(engine._commits)
+    following = engine.drain if drains else lambda: hand_over(engine, root, "b", rank)
+    second = attempt(following)
     again = attempt(lambda: hand_over(engine, root, "a", rank))
     engine.close()
-    return first, drained, again, latest(root)
+    return first, second, again, latest(root)
 
 
 def fail_to_open(rank: int, world_size: int, roots: list[str], good: str) -> Any:

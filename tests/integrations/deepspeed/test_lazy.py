@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,18 @@ def test_buffers_may_change_at_once(engine, root, monkeypatch):
     assert loaded["view"].untyped_storage().data_ptr() == (
         loaded["seen"].untyped_storage().data_ptr()
     )
+
+
+def test_python_objects_are_what_they_were_at_the_call(engine, root, monkeypatch):
+    scaler = SimpleNamespace(scale=1.0)
+    state = {"loss_scaler": scaler, "ds_config": {"lr": 1}}
+    with held(monkeypatch, local._LocalWriteFile, "_write") as gate:
+        hand_over(engine, root, "one", state)
+        scaler.scale = state["ds_config"]["lr"] = 2
+        gate.wait_reached()
+    engine.drain()
+    found = engine.load(f"{root}/one/model.pt")
+    assert found == {"loss_scaler": SimpleNamespace(scale=1.0), "ds_config": {"lr": 1}}
 
 
 def test_latest_ends_at_the_tag_that_was_handed_over_last(engine, root, monkeypatch):

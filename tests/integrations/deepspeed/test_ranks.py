@@ -90,12 +90,24 @@ def test_a_failure_on_one_rank_is_raised_by_the_next_call_on_all(jobs, root, at,
 
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_rank_that_fails_while_it_hands_over_fails_the_tag_on_all(jobs, root, at):
-    results = jobs.run(f"{ACTS}:break_off", 3, root=root, at=at)
+    results = jobs.run(f"{ACTS}:break_off", 3, root=root, at=at, drains=True)
     for rank, (first, drained, again, latest) in enumerate(results):
         told = first if rank == at else drained
         assert "the client's state cannot be had" in told["text"]
         assert (told["error"] == "PeerError") == (rank != at)
         assert told["rank"] == (None if rank == at else at)
+        assert (again, latest) == (None, "a")
+    assert_root_consistent(root, acked=["a"], is_swept=True)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_after_a_rank_has_failed_while_it_handed_over_no_rank_saves_without_the_others(
+    jobs, root, at
+):
+    results = jobs.run(f"{ACTS}:break_off", 3, root=root, at=at, drains=False)
+    # DeepSpeed would wait for the others, had the failed one gone on.
+    for _, following, again, latest in results:
+        assert following["error"] == "PeerError"
         assert (again, latest) == (None, "a")
     assert_root_consistent(root, acked=["a"], is_swept=True)
 
