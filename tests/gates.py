@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from aiockpt.errors import CheckpointError
+from aiockpt.guard import StagingGate
 from aiockpt.loop_thread import Call
 from aiockpt.machinery import Machinery
 from aiockpt.runtime import Runtime
@@ -216,6 +217,26 @@ def in_thread(work: Callable[[], Any]) -> "Future[Any]":
 
     threading.Thread(target=run, name="test").start()
     return outcome
+
+
+def noted_waits(patch: pytest.MonkeyPatch) -> "Future[None]":
+    """Done when somebody is at the guard."""
+    waits: Future[None] = Future()
+    original = StagingGate.wait
+
+    def wait(gate: StagingGate) -> None:
+        if not waits.done():
+            waits.set_result(None)
+        original(gate)
+
+    patch.setattr(StagingGate, "wait", wait)
+    return waits
+
+
+async def either(one: "Future[None]", other: "Future[None]") -> None:
+    """Returns when one of them is done."""
+    futures = [asyncio.wrap_future(one), asyncio.wrap_future(other)]
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 def run_script(script: str, *args: object, options: tuple[str, ...] = ()) -> Any:

@@ -1,40 +1,19 @@
 """An optimizer's step waits until what it would change has been copied."""
 
 import asyncio
-from concurrent.futures import Future
 
 import pytest
 import torch
 from torch.optim import optimizer as torch_optimizer
 
 from aiockpt import CheckpointEngine, EngineStateError, StorageError, saver
-from aiockpt.guard import StagingGate
 from aiockpt.machinery import Machinery
 from aiockpt.staging import host
 from equality import assert_same_state
-from gates import RING_8_MIB, happened, held, in_thread
+from gates import RING_8_MIB, either, happened, held, in_thread, noted_waits
 from optimizers import NAMES, training
 
 every_optimizer = pytest.mark.parametrize("name", NAMES)
-
-
-def noted_waits(patch: pytest.MonkeyPatch) -> "Future[None]":
-    """Done when somebody is at the guard."""
-    waits: Future[None] = Future()
-    original = StagingGate.wait
-
-    def wait(gate: StagingGate) -> None:
-        if not waits.done():
-            waits.set_result(None)
-        original(gate)
-
-    patch.setattr(StagingGate, "wait", wait)
-    return waits
-
-
-async def either(one: "Future[None]", other: "Future[None]") -> None:
-    futures = [asyncio.wrap_future(one), asyncio.wrap_future(other)]
-    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 @every_optimizer

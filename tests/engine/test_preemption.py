@@ -10,6 +10,7 @@ import threading
 from collections.abc import Awaitable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -22,14 +23,17 @@ from aiockpt.staging import host
 from aiockpt.storage import local
 from aiockpt.sync import CheckpointEngine as BlockingEngine
 from gates import (
+    LIMIT_S,
     RING_8_MIB,
     EngineSide,
     cancelled_at,
+    either,
     failing,
     happened,
     held,
     held_loop,
     in_thread,
+    noted_waits,
     run_script,
     turns,
 )
@@ -73,13 +77,33 @@ async def test_a_signal_ends_the_waiting_under_a_running_loop(root, before):
     assert before == [signal.SIGUSR1]
 
 
+class ToldOfWaiting(asyncio.Event):
+    """Tells other threads once somebody waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_awaited = threading.Event()
+
+    async def wait(self) -> Literal[True]:
+        # Nothing else comes between this and the suspension.
+        asyncio.get_running_loop().call_soon(self.is_awaited.set)
+        return await super().wait()
+
+
 def test_a_signal_ends_the_waiting_of_a_thread_that_blocks(root, before):
     with BlockingEngine(root) as engine:
         engine.preempt_on(signal.SIGUSR1, signal.SIGUSR2)
         pid, main = os.getpid(), threading.main_thread().ident
         assert main is not None
-        in_thread(lambda: signal.pthread_kill(main, signal.SIGUSR1))
+        engine._runtime.preemption._changed = changed = ToldOfWaiting()
+
+        def kill() -> None:
+            assert changed.is_awaited.wait(LIMIT_S)
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+        killed = in_thread(kill)
         engine.preempted()
+        killed.result(LIMIT_S)
         assert engine.is_preempted
         os.kill(pid, signal.SIGUSR2)
     assert before == [signal.SIGUSR1]
@@ -467,12 +491,15 @@ async def test_optimizers_wait_from_the_call_on(engine, monkeypatch):
     weight = torch.nn.Parameter(torch.zeros(9 << 18))
     weight.grad = torch.ones_like(weight)
     optimizer = torch.optim.SGD([weight], lr=1.0)
+    waits = noted_waits(monkeypatch)
     with held(monkeypatch, Catalog, "new_directory") as gate:
         async with asyncio.TaskGroup() as group:
             files = {"model.pt": {"w": weight}}
             group.create_task(engine.save_before(AN_HOUR_S, "new", files))
             await gate.reached()
             stepping = in_thread(optimizer.step)
+            await either(waits, stepping)
+            assert not stepping.done()
             gate.open()
             await asyncio.wrap_future(stepping)
     saved = (await engine.load("model.pt"))["w"]

@@ -244,22 +244,23 @@ async def test_a_publication_that_is_undone_was_never_told(root, engine):
     assert naming.cancelled()
 
 
+@pytest.mark.parametrize("missed_by_looks", [["b"], ["cd", "c"]])
 async def test_a_tag_that_a_look_has_missed_is_not_passed_over(
-    root, engine, monkeypatch
+    root, engine, monkeypatch, missed_by_looks
 ):
-    await make_elsewhere(root, "a", "b", "c")
+    await make_elsewhere(root, "a", "b", "c", "d")
     watch = engine.watch("a")
     await watch._start.ended()
     list_dir = LocalStorage.list_dir
-    missing = [{"b"}]
+    missing = [set(names) for names in missed_by_looks]
 
     def partly(storage: LocalStorage, path: str) -> list[str]:
-        missed = missing.pop() if missing else set()
+        missed = missing.pop(0) if missing else set()
         return [name for name in list_dir(storage, path) if name not in missed]
 
     # A directory that changes while it is read may show the newer and not the older.
     monkeypatch.setattr(LocalStorage, "list_dir", partly)
-    assert await first(watch, 2) == ["b", "c"]
+    assert await first(watch, 3) == ["b", "c", "d"]
     assert not missing
 
 

@@ -1,5 +1,6 @@
 """Within the block, and only there, what is saved below a directory is handed over."""
 
+import pickle
 import threading
 
 import pytest
@@ -45,10 +46,11 @@ def test_saves_elsewhere_are_written_as_ever(tmp_path, save, saves):
         torch.save({}, tmp_path / "in" / "old.pt", _use_new_zipfile_serialization=False)
         torch.save({}, f=tmp_path / "in" / "named.pt")
         torch.save(obj={}, f=tmp_path / "in" / "both.pt")
+        torch.save({}, tmp_path / "in" / "pickled.pt", pickle)
         safetensors.save_file({}, filename=f"{tmp_path}/in/named.safetensors")
 
     assert saves == []
-    assert len(list(tmp_path.rglob("*.pt"))) == 5
+    assert len(list(tmp_path.rglob("*.pt"))) == 6
     assert (tmp_path / "in/named.safetensors").exists()
 
 

@@ -5,6 +5,7 @@ import ctypes
 import errno
 import logging
 import os
+import struct
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -114,6 +115,35 @@ async def test_what_is_renamed_into_the_directory_is_told_at_once(changes, place
         await asleep(changes)
         appear(place / "tag")
     assert [task.result() for task in waiting] == [place / "tag"] * 3
+
+
+@every_loop
+@pytest.mark.usefixtures("kernel_alone")
+async def test_a_kernel_that_has_lost_notices_makes_everybody_look(
+    changes, place, monkeypatch
+):
+    # What the kernel tells then, in place of what did not fit into its queue: no watch,
+    # that there was more than it keeps, nothing that belongs together, and no name.
+    overflow = struct.pack("iIII", -1, 0x4000, 0, 0)
+    heard, told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    monkeypatch.setattr(notices, "_open", lambda: heard)
+    monkeypatch.setattr(notices, "_add_watch", lambda *_: None)
+    with os.fdopen(told, "wb", buffering=0) as kernel:
+        async with asyncio.TaskGroup() as group:
+            looks = [Look(place / "tag") for _ in range(3)]
+            for look in looks:
+                group.create_task(changes.until(look))
+            await asleep(changes)
+            for look in looks:
+                await look.again()
+            # One look that finds nothing: who has waited once waits again.
+            kernel.write(overflow)
+            for look in looks:
+                await look.again()
+            await turns()
+            appear(place / "tag")
+            kernel.write(overflow)
+    assert [look.num_looks for look in looks] == [3, 3, 3]
 
 
 @pytest.mark.usefixtures("kernel_alone")
