@@ -19,7 +19,7 @@ from typing import Any, Self
 from aiockpt.testing.system_calls import Moment
 
 TESTS = Path(__file__).parents[1]
-LIMIT_S = 50.0
+LIMIT_S = 200.0
 
 Cases = dict[str, Callable[..., Any]]
 

@@ -105,7 +105,7 @@ async def consult_all(
 
 async def settled(is_so: Callable[[], bool]) -> None:
     """Returns once it is so: what the loop has to do for it is a few turns."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while not is_so():  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(0)
 
