@@ -83,7 +83,7 @@ CELLS = {
 }
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_checkpoints_are_those_of_the_stock_engine_and_training_is_not_disturbed(
     num_ranks, tmp_path
@@ -145,14 +145,14 @@ CASES = [
 ]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_saves_end_well_whatever_comes_after_them(tmp_path):
     check("scenarios.py", 2, CASES, tmp_path)
     # The last case leaves it to the end of the interpreter.
     assert (tmp_path / "at-exit" / "latest").read_text() == "global_step1\n"
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_a_killed_rank_leaves_latest_as_it_was_and_the_next_job_goes_on(tmp_path):
     status, told, _ = launch(
         "scenarios.py", 2, ["a_rank_is_killed"], tmp_path, "--install"
