@@ -104,13 +104,20 @@ def jobs() -> Iterator[Jobs]:
 
 
 @pytest.fixture(scope="session")
-def memory() -> Iterator[Path]:
-    """A place in memory, where a sync costs nothing."""
+def lasting_memory() -> Iterator[Path]:
+    """A place in memory, where a sync costs nothing, for all of the tests."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
         yield Path(path)
 
 
+@pytest.fixture
+def memory(lasting_memory: Path) -> Iterator[Path]:
+    """A place in memory for one test, given back after it: a sweep fills gigabytes."""
+    with tempfile.TemporaryDirectory(dir=lasting_memory) as path:
+        yield Path(path)
+
+
 @pytest.fixture(scope="session")
-def template(memory: Path) -> Path:
+def template(lasting_memory: Path) -> Path:
     """A root with two tags; tests take copies of it."""
-    return make_template(memory / "template")
+    return make_template(lasting_memory / "template")

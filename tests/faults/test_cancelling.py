@@ -148,10 +148,9 @@ OF_THE_ENGINE = (
 
 
 @pytest.fixture
-def places(memory: Path, request: pytest.FixtureRequest) -> Callable[[int], Path]:
+def places(memory: Path) -> Callable[[int], Path]:
     """A fresh root for each case."""
-    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
-    return lambda at: memory / name / str(at)
+    return lambda at: memory / str(at)
 
 
 @contextlib.asynccontextmanager

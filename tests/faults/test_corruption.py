@@ -26,8 +26,8 @@ files = pytest.mark.parametrize("name", FILES)
 
 
 @pytest.fixture(scope="module")
-def tags(memory: Path) -> Path:
-    return make_two_tags(memory / "tags")
+def tags(lasting_memory: Path) -> Path:
+    return make_two_tags(lasting_memory / "tags")
 
 
 @pytest.fixture

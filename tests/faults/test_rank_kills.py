@@ -3,7 +3,6 @@
 import itertools
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,9 @@ pytestmark = pytest.mark.dist
 
 
 @pytest.fixture
-def root(memory: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+def root(memory: Path) -> Path:
     """A place for a root, which is new for each case."""
-    place = memory / "".join(c if c.isalnum() else "-" for c in request.node.name)
-    yield place / "runs"
-    shutil.rmtree(place)
+    return memory / "job" / "runs"
 
 
 def killed(jobs: Jobs, act: str, root: Path, at: int, **spoiled: object) -> list[Any]:
