@@ -154,7 +154,7 @@ def mappings(ring: Ring) -> list[str]:
     found: list[str] = []
     for block in filter(None, blocks):
         start, stop = (int(word, 16) for word in block.split()[0].split("-"))
-        if start < ring.address + ring.capacity_bytes and ring._address < stop:
+        if start < ring.address + ring.capacity_bytes and ring.address < stop:
             found.append(block)
     return found
 
