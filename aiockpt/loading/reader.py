@@ -110,10 +110,11 @@ class Reader:
 
     def device_of(self, tensor: torch.Tensor) -> int | None:
         """The device that has the tensor, where it can be copied to from the ring."""
-        if not self._is_copying:
+        if self._devices is None:
             return None
-        assert self._devices is not None
-        return self._devices.driver.device_of(tensor)
+        number = self._devices.driver.device_of(tensor)
+        # Asked second: a load to the host does not go looking for a driver.
+        return number if number is not None and self._is_copying else None
 
     @contextmanager
     def landing(
@@ -138,7 +139,8 @@ class Reader:
     def _landings(
         self, devices: Mapping[str, str], nbytes: Mapping[str, int]
     ) -> dict[str, Landing]:
-        if not self._is_copying:
+        devices = {region: name for region, name in devices.items() if name != "cpu"}
+        if not devices or not self._is_copying:
             return {}
         assert self._devices is not None
         driver = self._devices.driver
