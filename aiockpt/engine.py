@@ -150,7 +150,10 @@ class CheckpointEngine:
 
         Args:
             state: What is going to be saved; whether it can be, and whether there is
-                room for it, is told as well. None of its bytes is read.
+                room for it, is told as well, and the ring takes the memory from the
+                system that its save will need (pinned, where a device has the state),
+                which may take seconds: its first save is then as quick as any other.
+                None of its bytes is read.
 
         Returns:
             What the first save will meet, with warnings.

@@ -210,10 +210,8 @@ class LoopThread:
         self.run_soon(self._stop.set)
 
     async def ended(self) -> None:
-        """Returns when the thread has ended, on any event loop but its own."""
+        """Returns when the loop has ended, on any event loop."""
         await outlast(asyncio.wrap_future(self._ended))
-        # It has nothing left to do but to go: who counts threads then finds none.
-        self._thread.join()
 
     def join(self) -> None:
         """Blocks until the thread has ended."""

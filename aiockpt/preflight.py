@@ -93,9 +93,11 @@ class Preflight:
         self._catalog = catalog
         self._loader = loader
         self._save: FileSave | None = None
+        self._num_chunks = 0
         if state is not None:
             self._save = FileSave("", "model.pt", capture(state))
             self._saver.mark(self._save)
+        self._stager = None if self._save is None else self._save.stager
 
     async def run(self) -> PreflightReport:
         """Does once what saves, loads and commits do, and leaves nothing of it.
@@ -121,6 +123,8 @@ class Preflight:
         finally:
             with _told("remove what it wrote"):
                 await outlast(self._blocking(self._catalog.discard, directory))
+        # Last: it may take seconds, and what is refused is told at once.
+        await self._prepare_ring()
         is_direct = any(
             event.is_direct for event in self._events if isinstance(event, Written)
         )
@@ -159,7 +163,17 @@ class Preflight:
         # The caller may want the memory back long before the report is dropped.
         plan.sources.clear()
         self._save = None
+        self._num_chunks = len(plan.chunks)
         return plan.nbytes
+
+    async def _prepare_ring(self) -> None:
+        """Takes from the system now what the first save would wait for."""
+        ring = self._saver.ring
+        num_chunks = min(self._num_chunks, ring.capacity_bytes // ring.chunk_bytes)
+        for index in range(num_chunks):
+            await self._blocking(ring.populate, index)
+        if self._stager is not None and num_chunks > 0:
+            await self._stager.prepare(num_chunks * ring.chunk_bytes)
 
     def _look(self, planned_bytes: int) -> DiskFacts:
         """What there is, if tags can be made in the root, of the size that is wanted."""

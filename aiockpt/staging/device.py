@@ -121,6 +121,13 @@ class DeviceStager:
                 raise failed(device, error) from error
             self._starts[device].append(event)
 
+    async def prepare(self, nbytes: int) -> None:
+        """Pins the first `nbytes` bytes of the ring, as far as that is allowed.
+
+        If cancelled: what is being pinned is pinned on.
+        """
+        await self._devices.memory.prepare(nbytes, next(iter(self._starts)))
+
     async def fill(
         self, lease: Lease, chunk: Chunk, sources: Sequence[Source]
     ) -> InFlight:

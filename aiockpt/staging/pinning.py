@@ -57,6 +57,10 @@ class PinnedMemory:
         self._pinned: list[tuple[int, int]] = []
         self.pinned_bytes = 0
 
+    async def prepare(self, nbytes: int, device: int) -> None:
+        """Pins the first `nbytes` bytes before they are needed; as `ready`."""
+        await self.ready(self._address, nbytes, device)
+
     async def ready(self, address: int, nbytes: int, device: int) -> bool:
         """Whether a part of the memory is pinned, once that has been tried.
 

@@ -153,6 +153,21 @@ async def test_no_more_is_pinned_than_is_used_and_a_segment(devices, root):
         assert all(nbytes == 64 * MIB for nbytes in devices.pinned.values())
 
 
+async def test_preflight_pins_what_the_first_save_needs(devices, root):
+    big = {"host_cache_size": 1, "parser_threads": 2}
+    async with CheckpointEngine(root, big) as engine:
+        await engine.preflight({"host": numbers(100)})
+        assert not devices.pinned
+        state = {"here": devices.tensor(numbers(100))}
+        await engine.preflight(state)
+        pinned = dict(devices.pinned)
+        assert sum(pinned.values()) >= 100 * MIB
+        await engine.create("a")
+        await engine.save(state, "model.pt")
+        await engine.commit("a")
+        assert devices.pinned == pinned
+
+
 async def test_the_last_segment_is_pinned_to_its_end_and_no_further(devices, root):
     ring = {"host_cache_size": 80 / 1024, "parser_threads": 2}
     async with CheckpointEngine(root, ring) as engine:

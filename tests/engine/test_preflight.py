@@ -20,6 +20,7 @@ from aiockpt import (
 )
 from aiockpt.catalog import Catalog
 from aiockpt.preflight import Preflight
+from aiockpt.ring import Ring
 from aiockpt.storage import facts, local
 from aiockpt.storage.facts import DiskFacts, Limits
 from aiockpt.storage.local import LocalStorage
@@ -97,6 +98,18 @@ def test_the_blocking_door_has_it_too(root):
         report = engine.preflight()
         assert (report.planned_bytes, report.can_overwrite) == (0, True)
         assert engine.tags() == []
+
+
+async def test_the_ring_has_the_memory_that_the_state_needs(root, monkeypatch):
+    populated = set()
+    monkeypatch.setattr(Ring, "populate", lambda _, index: populated.add(index))
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
+        await engine.preflight()
+        assert not populated
+        await engine.preflight({"w": torch.zeros(3 << 20, dtype=torch.uint8)})
+        assert populated == {0, 1, 2, 3}
+        await engine.preflight({"w": torch.zeros(20 << 20, dtype=torch.uint8)})
+        assert populated == set(range(8))
 
 
 async def test_a_state_that_cannot_be_saved_is_told(engine):

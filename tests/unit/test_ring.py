@@ -124,6 +124,17 @@ async def test_a_ring_costs_the_memory_that_was_leased_at_once_and_no_more():
     ring.close()
 
 
+async def test_a_chunk_is_given_its_memory_and_keeps_its_bytes(ring):
+    lease = await ring.lease()
+    lease.view[0] = 7
+    before = resident_bytes(ring)
+    for index in range(NUM_CHUNKS):
+        ring.populate(index)
+    assert before < resident_bytes(ring) == ring.capacity_bytes
+    assert lease.view[0] == 7
+    lease.release()
+
+
 async def test_a_child_that_the_trainer_forks_has_no_copy_of_the_ring(ring):
     lease = await ring.lease()
     lease.view[0] = 1
