@@ -13,6 +13,7 @@ from bench.workloads import GIB, MIB, Scale, Workload
 
 RAW = "raw O_DIRECT"
 OURS = "aiockpt"
+PREPARED = "aiockpt, after preflight"
 TORCH = "torch.save + fsync"
 SAFETENSORS = "safetensors + fsync"
 DCP_THREAD = "DCP async_save, thread"
@@ -26,6 +27,7 @@ def measure(bench: Bench, tag: str) -> dict[str, float]:
     """One durable save, with a step of the trainer in between; then a look at it."""
     contender, state = bench.contender, bench.state
     step_s = bench.settings.get("step_s", 0.0)
+    contender.begin_training(state)
     start = perf_counter()
     contender.open_tag(tag)
     create_s = perf_counter() - start
@@ -112,7 +114,7 @@ def _stall(scale: Scale) -> Sequence[Cell]:
         Cell(
             "2 GiB, ring larger than the state",
             size,
-            (OURS, *peers),
+            (OURS, PREPARED, *peers),
             scale.repeats(5),
             options=Options(ring_gib=size.nbytes / GIB + 0.25),
             settings=step,

@@ -21,6 +21,7 @@ CONTENDERS: dict[str, type[Contender]] = {
         raw.Copying,
         ours.OurEngine,
         ours.OurSyncEngine,
+        ours.Prepared,
         ours.Unverified,
         ours.Unsummed,
         torch_files.Synced,

@@ -99,6 +99,9 @@ class Contender(ABC):
         """Makes it ready, once a process."""
         self.directory = directory
 
+    def begin_training(self, state: State) -> None:  # noqa: B027 - few have a use for it
+        """What a program does before its first step; not part of a save's time."""
+
     def open_tag(self, tag: str) -> None:
         """Makes the place of a save; not part of the save's time."""
         (self.directory / tag).mkdir()

@@ -1,6 +1,6 @@
 """aiockpt, through its two doors."""
 
-__all__ = ["OurEngine", "OurSyncEngine", "Unsummed", "Unverified"]
+__all__ = ["OurEngine", "OurSyncEngine", "Prepared", "Unsummed", "Unverified"]
 
 import asyncio
 from collections.abc import Coroutine, Mapping
@@ -110,6 +110,19 @@ class _Awaited(Saving):
     @override
     def wait_durable(self) -> dict[str, float]:
         return _told(self.runner.run(self.engine.commit(self.tag)))
+
+
+class Prepared(OurEngine):
+    """Asks for a preflight before the first step, which takes the ring's memory."""
+
+    name = "aiockpt, after preflight"
+    _is_prepared = False
+
+    @override
+    def begin_training(self, state: State) -> None:
+        if not self._is_prepared:
+            self.run(self.engine.preflight(state))
+            self._is_prepared = True
 
 
 class Unverified(OurEngine):
