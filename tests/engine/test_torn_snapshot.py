@@ -9,7 +9,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from aiockpt import CheckpointEngine, TornSnapshotError
 from aiockpt.staging import host
-from aiockpt.storage.local import _LocalWriteFile
+from aiockpt.storage.local_write import LocalWriteFile
 from equality import assert_same_state
 from gates import RING_8_MIB, held
 from optimizers import NAMES, training
@@ -42,7 +42,7 @@ async def test_without_the_guard_a_step_after_staged_is_right(name, root, monkey
     expected = trained.state_now()
     async with CheckpointEngine(root, UNGUARDED) as engine:
         await engine.create("a")
-        with held(monkeypatch, _LocalWriteFile, "_write"):
+        with held(monkeypatch, LocalWriteFile, "_write"):
             await engine.save(trained.state(), "model.pt")
             await engine.staged()
             trained.optimizer.step()
@@ -97,7 +97,7 @@ async def test_a_change_half_way_through_a_large_tensor_fails_the_tag(
     tensor = torch.zeros(5 << 20)
     async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
-        with held(monkeypatch, _LocalWriteFile, "_write") as gate:
+        with held(monkeypatch, LocalWriteFile, "_write") as gate:
             handle = await engine.save({"w": tensor}, "model.pt")
             await gate.reached()
             assert handle.progress.staged_bytes < tensor.nbytes
@@ -111,7 +111,7 @@ async def test_changes_after_staged_do_not_matter(root, monkeypatch):
     tensor = torch.zeros(1 << 12)
     async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
-        with held(monkeypatch, _LocalWriteFile, "_write"):
+        with held(monkeypatch, LocalWriteFile, "_write"):
             handle = await engine.save({"w": tensor}, "model.pt")
             await handle.staged()
             tensor.add_(1)
