@@ -30,7 +30,7 @@ async def test_without_the_guard_a_step_too_early_fails_the_tag(
             trained.optimizer.step()
         with pytest.raises(TornSnapshotError) as torn:
             await engine.commit("a")
-        assert torn.value.key.startswith(('state["model"]', 'state["optimizer"]'))
+        assert torn.value.key.startswith(("model.", "optimizer."))
         assert torn.value.key in str(torn.value)
         assert "a/model.pt" in str(torn.value)
         assert await engine.latest() is None
@@ -77,7 +77,7 @@ async def test_any_change_before_the_copy_is_done_fails_the_tag(
             handle = await engine.save(state, "model.pt")
             await gate.reached()
             change(state["deep"][0]["w"])
-        key = 'state["deep"][0]["w"]'
+        key = "deep.0.w"
         for wait in (handle.staged, handle.written, engine.staged):
             with pytest.raises(TornSnapshotError) as torn:
                 await wait()
@@ -147,7 +147,7 @@ async def test_a_fused_step_on_a_view_of_what_is_saved_is_seen(root, monkeypatch
             optimizer.step()
         with pytest.raises(TornSnapshotError) as torn:
             await engine.commit("a")
-    assert torn.value.key == 'state["flat"]'
+    assert torn.value.key == "flat"
 
 
 def odd_parameters() -> dict[str, Callable[[], torch.nn.Parameter]]:
