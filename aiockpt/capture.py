@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from aiockpt.capturing.key_paths import ROOT, key_path
+from aiockpt.capturing.key_paths import ROOT, tensor_key
 from aiockpt.capturing.marks import marks, storage_ptrs
 from aiockpt.capturing.walk import RefusedError, Walk
 from aiockpt.errors import InvalidArgumentError
@@ -69,9 +69,8 @@ class Capture:
         return None
 
     def key_of(self, tensor: torch.Tensor) -> str:
-        """Returns the key path of `tensor`, as in `state["model"]["weight"]`."""
-        path = key_path(self.tree, lambda node: node is tensor)
-        return path or f"a tensor of an object in {ROOT}"
+        """Returns the key path of `tensor`, as in `model.weight`."""
+        return tensor_key(self.tree, tensor) or f"a tensor of an object in {ROOT}"
 
     def storage_ptrs(self) -> set[int]:
         """Returns the data pointers of all storages that the state refers to.

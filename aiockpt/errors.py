@@ -51,7 +51,8 @@ class CorruptCheckpointError(CheckpointError):
 
     Attributes:
         path: The file at fault.
-        key: Key path of the tensor at fault, where it is known.
+        key: Key path of the tensor at fault (`optimizer.state.0.exp_avg`), where it
+            is known.
         offset: Byte offset in the file of the first wrong region, where known.
     """
 
@@ -87,7 +88,8 @@ class TornSnapshotError(CheckpointError):
     """A tensor changed between `save` and `staged`: its copy may mix two steps.
 
     Attributes:
-        key: Key path of the first tensor found changed, where it is known.
+        key: Key path of the first tensor found changed, as `keys` of a load has it
+            (`optimizer.state.0.exp_avg`); `state` if the state is that tensor.
     """
 
     def __init__(self, message: str, *, key: str | None = None) -> None:

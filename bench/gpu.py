@@ -3,12 +3,14 @@
 `python -m bench.gpu [--results FILE] [--gib 16] [--directory DIR]` runs every case on
 one CUDA device and prints a JSON line a figure; with `--results` it keeps them. Rates
 stand beside the raw rate that was measured in the same run: of pinned copies for
-staging and restore, of plain direct writes for what is durable. Bytes are compared
-after each timed save and load.
+staging and restore, of plain direct writes for what is durable, and of plain direct
+reads of the same file for what is read from the disk. Bytes are compared after each
+timed save and load.
 """
 
 import argparse
 import asyncio
+import ctypes
 import json
 import mmap
 import os
@@ -16,8 +18,9 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import torch
@@ -29,6 +32,8 @@ GIB = 1 << 30
 MIB = 1 << 20
 REPEATS = 5
 BLOCK_BYTES = 8 * MIB
+NUM_READERS = 16
+DEVICE = "cuda"
 
 
 class Report:
@@ -54,13 +59,13 @@ class Report:
 def state_of(nbytes: int, num_tensors: int) -> dict[str, torch.Tensor]:
     """Tensors of one size on the device, no two of them alike."""
     length = nbytes // num_tensors // 4
-    return {f"k{i}": torch.randn(length, device="cuda") for i in range(num_tensors)}
+    return {f"k{i}": torch.randn(length, device=DEVICE) for i in range(num_tensors)}
 
 
 def check(loaded: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
     """Every byte is as it was saved."""
     for key, tensor in state.items():
-        assert torch.equal(loaded[key].to("cuda"), tensor), key
+        assert torch.equal(loaded[key].to(DEVICE), tensor), key
 
 
 def synced_s(work: Callable[[], object]) -> float:
@@ -78,7 +83,7 @@ def raw_copy_rate(*, is_to_host: bool, num_bytes: int = 4 * GIB) -> float:
     host = [
         torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(8)
     ]
-    device = torch.empty(BLOCK_BYTES, dtype=torch.uint8, device="cuda")
+    device = torch.empty(BLOCK_BYTES, dtype=torch.uint8, device=DEVICE)
 
     def copy() -> None:
         for index in range(num):
@@ -110,6 +115,59 @@ def raw_write_rate(directory: Path, nbytes: int) -> float:
     return nbytes / elapsed_s / 1e9
 
 
+def raw_read_rate(path: Path) -> float:
+    """GB/s of plain direct reads of a file, as many at once as a restore has."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    blocks = [mmap.mmap(-1, BLOCK_BYTES) for _ in range(NUM_READERS)]
+    for block in blocks:
+        block.write(bytes(BLOCK_BYTES))
+    nbytes = path.stat().st_size
+
+    def read(first: int) -> int:
+        offsets = range(first * BLOCK_BYTES, nbytes, NUM_READERS * BLOCK_BYTES)
+        return sum(os.preadv(descriptor, [blocks[first]], at) for at in offsets)
+
+    with ThreadPoolExecutor(NUM_READERS) as readers:
+        start = time.perf_counter()
+        num_read = sum(readers.map(read, range(NUM_READERS)))
+        elapsed_s = time.perf_counter() - start
+    os.close(descriptor)
+    assert num_read == nbytes
+    return nbytes / elapsed_s / 1e9
+
+
+def remember(path: Path) -> None:
+    """Brings a file into the page cache: a save and a load go around it."""
+    buffer = bytearray(BLOCK_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def forget(path: Path) -> None:
+    """Drops a file from the page cache, as far as the file system does so."""
+    descriptor = os.open(path, os.O_RDONLY)
+    # Dirty pages are not dropped.
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def cached_share(path: Path) -> float:
+    """The share of a file's pages that are in the page cache."""
+    libc = ctypes.CDLL(None)
+    # Written by nobody, but an address is given of writable memory only.
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    anchor = ctypes.c_char.from_buffer(mapping)
+    pages = (ctypes.c_ubyte * -(-len(mapping) // mmap.PAGESIZE))()
+    address = ctypes.c_void_p(ctypes.addressof(anchor))
+    assert libc.mincore(address, ctypes.c_size_t(len(mapping)), pages) == 0
+    del anchor
+    mapping.close()
+    return sum(page & 1 for page in pages) / len(pages)
+
+
 @contextmanager
 def a_folder(parent: Path) -> Iterator[Path]:
     """A new folder, removed afterwards."""
@@ -125,7 +183,7 @@ class Stepper:
 
     def __init__(self) -> None:
         """Makes a parameter to step."""
-        parameter = torch.nn.Parameter(torch.ones(8, device="cuda"))
+        parameter = torch.nn.Parameter(torch.ones(8, device=DEVICE))
         parameter.grad = torch.ones_like(parameter)
         self._optimizer = torch.optim.SGD([parameter], lr=0.0)
         self._optimizer.step()
@@ -204,9 +262,9 @@ async def small(report: Report, directory: Path) -> None:
 async def training(report: Report, directory: Path) -> None:
     """Step times without saves, and with one every 10 steps."""
     layers = [torch.nn.Linear(4096, 4096) for _ in range(16)]
-    model = torch.nn.Sequential(*layers).to("cuda", torch.bfloat16)
+    model = torch.nn.Sequential(*layers).to(DEVICE, torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    inputs = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16)
+    inputs = torch.randn(8192, 4096, device=DEVICE, dtype=torch.bfloat16)
 
     def step() -> None:
         model(inputs).square().mean().backward()
@@ -249,35 +307,82 @@ async def training(report: Report, directory: Path) -> None:
     report.figure("step inflation, median", p50s, "")
 
 
+async def timed_loads(
+    engine: aiockpt.CheckpointEngine,
+    state: dict[str, torch.Tensor],
+    get_ready: Callable[[], object],
+) -> dict[str, list[float]]:
+    """GB/s of loads to the device, without the first; each begins when all is ready."""
+    nbytes = sum(tensor.nbytes for tensor in state.values())
+    rates: dict[str, list[float]] = {"fresh": [], "into": []}
+    into = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+    for repeat in range(REPEATS + 1):
+        for way, rate in rates.items():
+            get_ready()
+            start = time.perf_counter()
+            if way == "into":
+                loaded = await engine.load("model.pt", into=into)
+            else:
+                loaded = await engine.load("model.pt", DEVICE)
+            elapsed_s = time.perf_counter() - start
+            check(loaded, state)
+            del loaded
+            if repeat:
+                rate.append(nbytes / elapsed_s / 1e9)
+    return rates
+
+
+@asynccontextmanager
+async def saved(
+    state: dict[str, torch.Tensor], root: Path
+) -> AsyncIterator[tuple[aiockpt.CheckpointEngine, Path]]:
+    """An engine that has committed the state, and where its file is."""
+    ring = {"host_cache_size": 1, "parser_threads": NUM_READERS}
+    async with aiockpt.CheckpointEngine(root, ring) as engine:
+        await engine.create("a")
+        await engine.save(state, "model.pt")
+        await engine.commit("a")
+        yield engine, root / "a" / "model.pt"
+
+
 async def restores(report: Report, directory: Path, nbytes: int) -> None:
     """From the page cache of the disk's directory, and from memory, to the device."""
     raw = raw_copy_rate(is_to_host=False)
     report.figure("raw pinned host-to-device", [raw], "GB/s")
     state = state_of(nbytes, 300)
-    ring = {"host_cache_size": 1, "parser_threads": 16}
     for name, parent in (("disk, cached", directory), ("/dev/shm", Path("/dev/shm"))):  # noqa: S108
         with a_folder(parent) as root:
-            async with aiockpt.CheckpointEngine(root, ring) as engine:
-                await engine.create("a")
-                await engine.save(state, "model.pt")
-                await engine.commit("a")
-                rates: dict[str, list[float]] = {"fresh": [], "into": []}
-                into = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
-                for repeat in range(REPEATS + 1):
-                    for way, rate in rates.items():
-                        start = time.perf_counter()
-                        if way == "into":
-                            loaded = await engine.load("model.pt", into=into)
-                        else:
-                            loaded = await engine.load("model.pt", "cuda")
-                        elapsed_s = time.perf_counter() - start
-                        check(loaded, state)
-                        del loaded
-                        if repeat:
-                            rate.append(nbytes / elapsed_s / 1e9)
-                del into
-                for way, rate in rates.items():
-                    report.figure(f"restore from {name}, {way}", rate, "GB/s")
+            async with saved(state, root) as (engine, path):
+                rates = await timed_loads(engine, state, lambda: remember(path))
+                shares = [cached_share(path)]
+        report.figure(f"share of the file cached, {name}", shares, "")
+        for way, rate in rates.items():
+            report.figure(f"restore from {name}, {way}", rate, "GB/s")
+
+
+async def cold_restores(report: Report, directory: Path, nbytes: int) -> None:
+    """From the disk, with nothing of the file cached, to the device."""
+    state = state_of(nbytes, 300)
+    raws: list[float] = []
+    shares: list[float] = []
+    with a_folder(directory) as root:
+        async with saved(state, root) as (engine, path):
+
+            def get_ready() -> None:
+                forget(path)
+                raws.append(raw_read_rate(path))
+                shares.append(cached_share(path))
+
+            rates = await timed_loads(engine, state, get_ready)
+    # Two before the loads that are not counted.
+    raws = raws[2:]
+    report.figure("raw direct read", raws, "GB/s")
+    report.figure("share of the file cached, cold", shares, "")
+    for index, (way, rate) in enumerate(rates.items()):
+        beside = zip(rate, raws[index :: len(rates)], strict=True)
+        report.figure(f"restore from disk, cold, {way}", rate, "GB/s")
+        shares_of_raw = [done / raw for done, raw in beside]
+        report.figure(f"restore from disk, cold, {way}/raw", shares_of_raw, "")
 
 
 async def run(report: Report, directory: Path, nbytes: int) -> None:
@@ -288,6 +393,8 @@ async def run(report: Report, directory: Path, nbytes: int) -> None:
     await training(report, directory)
     torch.cuda.empty_cache()
     await restores(report, directory, min(nbytes, 8 * GIB))
+    torch.cuda.empty_cache()
+    await cold_restores(report, directory, min(nbytes, 8 * GIB))
 
 
 def main() -> None:

@@ -1,19 +1,26 @@
-"""Key paths: where in a state a value stands, as in `state["model"]["weight"]`."""
+"""Where in a state a value stands, in two styles.
 
-__all__ = ["ROOT", "attribute_step", "item_step", "key_path"]
+As Python, `state["model"]["weight"]`, for what cannot be saved; and as the key of a
+tensor, `model.weight`, by which it would be loaded.
+"""
+
+__all__ = ["ROOT", "attribute_step", "item_step", "key_path", "tensor_key"]
 
 import collections
 import enum
 import json
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final, TypeAlias, cast
 
 import torch
 
 from aiockpt.capturing.marks import wrapped_tensors
 
 ROOT: Final = "state"
+
+# How the way goes on, by an item or an attribute, and to which.
+_Step: TypeAlias = tuple[Callable[[object], str], object]
 
 _TYPES_OF_SHORT_KEYS = frozenset({type(None), bool, int, float, complex, bytes})
 _WITHOUT_PARTS = (type, types.FunctionType, types.ModuleType, enum.Enum)
@@ -25,18 +32,46 @@ def key_path(tree: object, predicate: Callable[[object], bool]) -> str | None:
     An object's parts are asked before the object. Looks into builtin containers, into
     attributes of other objects and into wrapper tensors.
     """
+    way = _way(tree, predicate)
+    return None if way is None else ROOT + "".join(step(name) for step, name in way)
+
+
+def tensor_key(tree: object, tensor: torch.Tensor) -> str | None:
+    """Returns the key of a tensor of `tree`, `ROOT` if it is all; None if not found.
+
+    It is the key in a file; where that has an object, it goes on to attributes.
+    """
+    way = _way(tree, lambda node: node is tensor)
+    return None if way is None else ".".join(_segment(name) for _, name in way) or ROOT
+
+
+def _way(tree: object, predicate: Callable[[object], bool]) -> list[_Step] | None:
     seen: set[int] = set()
 
-    def search(node: object, path: str) -> str | None:
+    def search(node: object) -> list[_Step] | None:
+        """The steps, the last one first."""
         if id(node) in seen:
             return None
         seen.add(id(node))
-        for step, child in _children(node):
-            if (found := search(child, path + step)) is not None:
+        for step, name, child in _children(node):
+            if (found := search(child)) is not None:
+                found.append((step, name))
                 return found
-        return path if predicate(node) else None
+        return [] if predicate(node) else None
 
-    return search(tree, ROOT)
+    way = search(tree)
+    return None if way is None else way[::-1]
+
+
+def _segment(name: object) -> str:
+    # As loads name what is in a file: see `outline.segment`.
+    return str(name) if _is_plain(name) else f"<{type(name).__name__}>"
+
+
+def _is_plain(name: object) -> bool:
+    if type(name) is tuple:
+        return all(map(_is_plain, cast("tuple[object, ...]", name)))
+    return name is None or type(name) in (str, bool, int, float)
 
 
 def item_step(key: object) -> str:
@@ -59,23 +94,25 @@ def _key_text(key: object) -> str:
     return repr(key) if is_short else f"<{type(key).__name__}>"
 
 
-def _children(node: object) -> Iterator[tuple[str, object]]:
+def _children(
+    node: object,
+) -> Iterator[tuple[Callable[[object], str], object, object]]:
     """The parts of `node`, each with the step that leads to it."""
     if isinstance(node, _WITHOUT_PARTS):
         return
     if isinstance(node, dict):
         items = cast("Mapping[object, object]", node).items()
-        yield from ((item_step(key), value) for key, value in items)
+        yield from ((item_step, key, value) for key, value in items)
     elif isinstance(node, (list, tuple, collections.deque)):
         sequence = cast("Sequence[object]", node)
-        yield from ((item_step(index), item) for index, item in enumerate(sequence))
+        yield from ((item_step, index, item) for index, item in enumerate(sequence))
     elif isinstance(node, (set, frozenset)):
-        yield from ((item_step(item), item) for item in cast("set[object]", node))
+        yield from ((item_step, item, item) for item in cast("set[object]", node))
     elif isinstance(node, torch.Tensor):
         parts = wrapped_tensors(node).items()
-        yield from ((attribute_step(name), part) for name, part in parts)
+        yield from ((attribute_step, name, part) for name, part in parts)
     for name, value in _attributes(node):
-        yield attribute_step(name), value
+        yield attribute_step, name, value
 
 
 def _attributes(node: Any) -> Iterator[tuple[str, object]]:

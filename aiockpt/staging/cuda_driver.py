@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, TypeAlias, cast
 
 import torch
 from typing_extensions import override
@@ -25,6 +25,9 @@ from aiockpt.staging.driver import DeviceCopy, DeviceError, Driver
 _MIN_BATCH: Final = 4
 _PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
 _BUS_ID_BYTES: Final = 20
+
+# A copy whose direction does not matter any more: to, from, bytes.
+_Move: TypeAlias = tuple[int, int, int]
 
 
 def current_device() -> int | None:
@@ -187,16 +190,9 @@ class CudaDriver(Driver):
     ) -> None:
         """See `Driver.to_host`."""
         with self._on(device) as api:
-            if is_pinned and self._is_batched(
-                api,
-                stream,
-                [copy.host for copy in copies],
-                [copy.device for copy in copies],
-                copies,
-            ):
-                return
-            for host, source, nbytes in copies:
-                self._done(api.cuMemcpyDtoHAsync(host, source, nbytes, stream))
+            moves = [(host, source, nbytes) for host, source, nbytes in copies]
+            if not (is_pinned and self._is_batched(api, stream, moves)):
+                self._move(api.cuMemcpyDtoHAsync, stream, moves)
 
     @override
     def to_device(
@@ -209,28 +205,21 @@ class CudaDriver(Driver):
     ) -> None:
         """See `Driver.to_device`."""
         with self._on(device) as api:
-            if is_pinned and self._is_batched(
-                api,
-                stream,
-                [copy.device for copy in copies],
-                [copy.host for copy in copies],
-                copies,
-            ):
-                return
-            for host, target, nbytes in copies:
-                self._done(api.cuMemcpyHtoDAsync(target, host, nbytes, stream))
+            moves = [(target, host, nbytes) for host, target, nbytes in copies]
+            if not (is_pinned and self._is_batched(api, stream, moves)):
+                self._move(api.cuMemcpyHtoDAsync, stream, moves)
 
-    def _is_batched(
-        self,
-        api: Any,
-        stream: Any,
-        targets: Sequence[int],
-        sources: Sequence[int],
-        copies: Sequence[DeviceCopy],
-    ) -> bool:
+    def _move(
+        self, copy: Callable[..., tuple[Any, ...]], stream: Any, moves: Sequence[_Move]
+    ) -> None:
+        for target, source, nbytes in moves:
+            self._done(copy(target, source, nbytes, stream))
+
+    def _is_batched(self, api: Any, stream: Any, moves: Sequence[_Move]) -> bool:
         """Enqueues copies as one batch, where that pays and the driver has batches."""
-        if len(copies) < _MIN_BATCH or not self._has_batches:
+        if len(moves) < _MIN_BATCH or not self._has_batches:
             return False
+        targets, sources, lengths = zip(*moves, strict=True)
         try:
             attributes = api.CUmemcpyAttributes()
             order = api.CUmemcpySrcAccessOrder
@@ -241,8 +230,8 @@ class CudaDriver(Driver):
                 api.cuMemcpyBatchAsync(
                     list(map(api.CUdeviceptr, targets)),
                     list(map(api.CUdeviceptr, sources)),
-                    [copy.nbytes for copy in copies],
-                    len(copies),
+                    list(lengths),
+                    len(moves),
                     [attributes],
                     [0],
                     1,

@@ -15,7 +15,7 @@ import torch
 
 import aiockpt.sync
 from aiockpt.errors import StorageError
-from aiockpt.storage import local
+from aiockpt.storage import local, local_calls, local_write
 from tracing import (
     HARMLESS,
     STRACE,
@@ -177,9 +177,10 @@ def test_a_program_that_answers_before_the_last_sync_is_caught(trace):
         check(calls, root, last)
 
 
-def test_the_recorder_sees_every_call_of_local_storage():
+@pytest.mark.parametrize("part", [local, local_calls, local_write])
+def test_the_recorder_sees_every_call_of_local_storage(part):
     unseen = set()
-    for node in ast.walk(ast.parse(inspect.getsource(local))):
+    for node in ast.walk(ast.parse(inspect.getsource(part))):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             module, name = node.value.id, node.attr
             if module in {"os", "fcntl", "shutil", "aiofiles", "_libc"}:

@@ -18,7 +18,7 @@ from aiockpt import (
 )
 from aiockpt.catalog import Catalog
 from aiockpt.staging import host
-from aiockpt.storage.local import _LocalWriteFile
+from aiockpt.storage.local_write import LocalWriteFile
 from gates import (
     LIMIT_S,
     RING_8_MIB,
@@ -214,7 +214,7 @@ async def test_tensors_are_let_go_of_once_staged(root, monkeypatch):
     gone = weakref.ref(tensor)
     async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
-        with held(monkeypatch, _LocalWriteFile, "_write"):
+        with held(monkeypatch, LocalWriteFile, "_write"):
             handle = await engine.save({"w": tensor}, "model.pt")
             del tensor
             await handle.staged()

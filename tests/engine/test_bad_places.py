@@ -16,7 +16,7 @@ from aiockpt import (
     InvalidArgumentError,
     StorageError,
 )
-from aiockpt.storage.local import _LocalWriteFile
+from aiockpt.storage.local_write import LocalWriteFile
 from gates import held
 from goes_on import KEPT, engine_that_goes_on
 
@@ -112,7 +112,7 @@ async def test_a_disk_that_fills_up_during_the_save_fails_the_tag_with_the_path(
         await engine.create("large")
         with monkeypatch.context() as full:
             full.setattr(os, call, fill_up)
-            with held(monkeypatch, _LocalWriteFile, "_write"):
+            with held(monkeypatch, LocalWriteFile, "_write"):
                 for name in ("one.pt", "two.pt", "three.pt"):
                     await engine.save({"w": torch.ones(1 << 20)}, name, tag="large")
             with pytest.raises(StorageError) as failed:

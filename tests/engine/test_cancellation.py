@@ -12,7 +12,7 @@ import torch
 from aiockpt import CheckpointEngine, EngineStateError, StorageError, saver
 from aiockpt.catalog import Catalog
 from aiockpt.staging import host
-from aiockpt.storage import local
+from aiockpt.storage import local_write
 from gates import (
     RING_8_MIB,
     EngineSide,
@@ -210,7 +210,7 @@ async def test_a_commit_cancelled_while_files_are_written_leaves_the_tag_open(
 ):
     async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("new")
-        with held(monkeypatch, local._LocalWriteFile, "_write") as gate:
+        with held(monkeypatch, local_write.LocalWriteFile, "_write") as gate:
             handle = await engine.save(NEW, "model.pt")
             error = await interrupt(engine.commit("new"), gate.reached, turns)
             assert not hasattr(error, "__notes__")
@@ -304,7 +304,7 @@ async def test_a_tag_that_is_aborted_while_a_file_is_opened_leaves_nothing(
     async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
         async with asyncio.TaskGroup() as group:
-            with held(monkeypatch, local, "_open_new") as gate:
+            with held(monkeypatch, local_write, "_open_new") as gate:
                 await engine.save(NEW, "model.pt")
                 await gate.reached()
                 group.create_task(engine.abort("a"))
@@ -320,7 +320,7 @@ async def test_a_tag_that_is_aborted_at_work_leaves_nothing(
 ):
     owner, name = {
         "fill": (host, "_fill"),
-        "write": (local._LocalWriteFile, "_write"),
+        "write": (local_write.LocalWriteFile, "_write"),
         "plan": (saver, "make_plan"),
     }[owner_name]
     async with CheckpointEngine(root, RING_8_MIB) as engine:
@@ -344,7 +344,7 @@ async def test_the_lease_of_a_write_under_way_ends_with_the_write(root, monkeypa
     async with CheckpointEngine(root, one_worker) as engine:
         await engine.create("a")
         async with asyncio.TaskGroup() as group:
-            with held(monkeypatch, local._LocalWriteFile, "_write") as gate:
+            with held(monkeypatch, local_write.LocalWriteFile, "_write") as gate:
                 await engine.save(NEW, "model.pt")
                 await gate.reached()
                 aborting = group.create_task(engine.abort("a"))

@@ -15,7 +15,7 @@ from aiockpt import (
     saver,
 )
 from aiockpt.catalog import Catalog
-from aiockpt.storage.local import _LocalWriteFile
+from aiockpt.storage.local_write import LocalWriteFile
 from gates import (
     RING_8_MIB,
     causes,
@@ -90,7 +90,7 @@ async def test_a_commit_under_way_is_finished_by_closing(root, monkeypatch):
     await engine.create("a")
     await engine.save(STATE, "model.pt")
     async with asyncio.TaskGroup() as group:
-        with held(monkeypatch, _LocalWriteFile, "_sync") as gate:
+        with held(monkeypatch, LocalWriteFile, "_sync") as gate:
             commit = group.create_task(engine.commit("a"))
             await gate.reached()
             closing = group.create_task(engine.aclose())
@@ -139,7 +139,7 @@ async def test_an_abort_ends_a_commit_that_waits_for_files(root, monkeypatch):
     async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
         async with asyncio.TaskGroup() as group:
-            with held(monkeypatch, _LocalWriteFile, "_write") as gate:
+            with held(monkeypatch, LocalWriteFile, "_write") as gate:
                 await engine.save(STATE, "model.pt")
                 commit = group.create_task(quietly(engine.commit("a")))
                 await gate.reached()

@@ -17,7 +17,7 @@ from aiockpt import (
 )
 from aiockpt.catalog import Catalog
 from aiockpt.guard import StagingGate
-from aiockpt.storage.local import _LocalWriteFile
+from aiockpt.storage.local_write import LocalWriteFile
 from gates import (
     LIMIT_S,
     RING_8_MIB,
@@ -53,9 +53,7 @@ async def test_a_failed_commit_ends_the_tag_which_can_be_created_again(
 ):
     async with CheckpointEngine(root, RING_8_MIB) as engine:
         with monkeypatch.context() as broken:
-            broken.setattr(
-                _LocalWriteFile, "_write", failing(StorageError(5, "x", "f"))
-            )
+            broken.setattr(LocalWriteFile, "_write", failing(StorageError(5, "x", "f")))
             await engine.create("a")
             await engine.save(STATE, "model.pt")
             with pytest.raises(StorageError) as failed:
@@ -74,10 +72,8 @@ async def test_a_failed_write_gives_back_a_ring_that_was_full(root, monkeypatch)
     async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
         with monkeypatch.context() as broken:
-            broken.setattr(
-                _LocalWriteFile, "_write", failing(StorageError(5, "x", "f"))
-            )
-            with held(broken, _LocalWriteFile, "_write") as gate:
+            broken.setattr(LocalWriteFile, "_write", failing(StorageError(5, "x", "f")))
+            with held(broken, LocalWriteFile, "_write") as gate:
                 await engine.save(STATE, "model.pt")
                 await gate.reached()
                 assert engine.ring_bytes == (8 << 20, 8 << 20)
@@ -135,7 +131,7 @@ async def test_two_saves_that_fail_at_once_are_one_failure(root, monkeypatch):
 async def test_the_other_files_of_a_failed_tag_stop_and_are_removed(root, monkeypatch):
     async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
-        with held(monkeypatch, _LocalWriteFile, "_write") as gate:
+        with held(monkeypatch, LocalWriteFile, "_write") as gate:
             large = await engine.save(STATE, "large.pt")
             await gate.reached()
             with monkeypatch.context() as broken:

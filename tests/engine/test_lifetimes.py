@@ -17,7 +17,8 @@ from aiockpt.errors import EngineStateError, StorageError
 from aiockpt.loop_thread import Call
 from aiockpt.machinery import Machinery
 from aiockpt.runtime import Runtime
-from aiockpt.storage.local import LocalStorage, _LocalWriteFile
+from aiockpt.storage.local import LocalStorage
+from aiockpt.storage.local_write import LocalWriteFile
 from gates import LIMIT_S, failing, happened, held
 from thread_work import no_cycle_collector
 
@@ -109,7 +110,7 @@ async def test_what_was_loaded_goes_when_the_caller_lets_go_of_it(root):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(LocalStorage, "create"), (_LocalWriteFile, "_write")]
+    ("owner", "name"), [(LocalStorage, "create"), (LocalWriteFile, "_write")]
 )
 async def test_the_error_of_a_failed_save_does_not_hold_its_tensors(
     owner, name, root, monkeypatch

@@ -9,7 +9,7 @@ import torch
 
 import aiockpt
 from aiockpt.loading import arenas as arenas_module
-from aiockpt.storage import local, local_read
+from aiockpt.storage import local_read, local_write
 from gates import LIMIT_S, Gate, held, turns
 from thread_work import no_cycle_collector
 
@@ -397,7 +397,7 @@ async def test_a_load_that_waits_for_the_ring_can_be_cancelled(engine, monkeypat
         "large": torch.zeros_like(state["large"]),
         "small": [torch.zeros_like(t) for t in state["small"]],
     }
-    with held(monkeypatch, local._LocalWriteFile, "_write") as gate:
+    with held(monkeypatch, local_write.LocalWriteFile, "_write") as gate:
         await engine.create("two")
         await engine.save(state, "model.pt")
         await gate.reached()

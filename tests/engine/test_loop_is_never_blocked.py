@@ -21,7 +21,7 @@ from aiockpt import (
     saver,
 )
 from aiockpt.staging import host
-from aiockpt.storage import local
+from aiockpt.storage import local_write
 from gates import RING_8_MIB, held
 from optimizers import training
 
@@ -128,9 +128,9 @@ def waits(_: object) -> None:
 
 BROKEN = {
     "planning": (saver, "run_blocking", at_once, "Pickler.dump"),
-    "checksumming": (local, "run_blocking", at_once, "aiockpt.checksums.crc32"),
-    "writing": (local._LocalWriteFile, "write", write_at_once, "os.pwrite"),
-    "syncing": (local._LocalWriteFile, "sync", sync_at_once, "os.ftruncate"),
+    "checksumming": (local_write, "run_blocking", at_once, "aiockpt.checksums.crc32"),
+    "writing": (local_write.LocalWriteFile, "write", write_at_once, "os.pwrite"),
+    "syncing": (local_write.LocalWriteFile, "sync", sync_at_once, "os.ftruncate"),
     "opening": (agreement, "run_blocking", at_once, "os.lstat"),
     "looking up": (runtime, "run_blocking", at_once, "os."),
     "capturing": (runtime, "capture", looks_at_the_disk, "os.stat"),

@@ -20,7 +20,7 @@ from aiockpt.catalog import Catalog
 from aiockpt.deadline import TimedSave
 from aiockpt.errors import CheckpointError, InvalidArgumentError, StorageError
 from aiockpt.staging import host
-from aiockpt.storage import local
+from aiockpt.storage import local_write
 from aiockpt.sync import CheckpointEngine as BlockingEngine
 from gates import (
     LIMIT_S,
@@ -360,7 +360,7 @@ PHASES = {
     "create": (Catalog, "new_directory"),
     "plan": (saver, "make_plan"),
     "stage": (host, "_fill"),
-    "write": (local._LocalWriteFile, "_write"),
+    "write": (local_write.LocalWriteFile, "_write"),
 }
 
 
@@ -412,7 +412,7 @@ async def test_publishing_that_has_begun_in_time_is_finished(engine, monkeypatch
 
 def test_the_blocking_door_has_a_deadline_too(root, monkeypatch):
     with BlockingEngine(root, RING_8_MIB) as engine:
-        with held(monkeypatch, local._LocalWriteFile, "_write") as gate:
+        with held(monkeypatch, local_write.LocalWriteFile, "_write") as gate:
             missed = TimedSave._missed
 
             def miss(timed: TimedSave) -> DeadlineError:

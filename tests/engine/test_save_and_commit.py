@@ -17,7 +17,7 @@ import torch
 
 from aiockpt import CheckpointEngine, events
 from aiockpt.staging import host
-from aiockpt.storage.local import _LocalWriteFile
+from aiockpt.storage.local_write import LocalWriteFile
 from gates import RING_8_MIB, held
 
 MIB = 1 << 20
@@ -159,7 +159,7 @@ async def test_a_tag_is_created_while_earlier_ones_are_written_within_the_ring(
     state = {"w": torch.randn(6 * MIB)}
     async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
-        with held(monkeypatch, _LocalWriteFile, "_write") as gate:
+        with held(monkeypatch, LocalWriteFile, "_write") as gate:
             first = await engine.save(state, "model.pt")
             await gate.reached()
             await engine.create("b")

@@ -130,7 +130,7 @@ PRELUDE = """
 import atexit, os, signal, sys, threading
 import torch, aiockpt, aiockpt.sync
 from aiockpt import attempt, catalog, loop_thread
-from aiockpt.storage import local
+from aiockpt.storage import local_write
 
 root = sys.argv[1]
 state = {"w": torch.arange(9 << 18)}
@@ -165,7 +165,7 @@ def lines(script: str, root) -> list[str]:
 
 def test_ctrl_c_ends_a_commit_that_waits_and_leaves_the_tag_open(root):
     script = """
-writing = hold(local._LocalWriteFile, "_write")
+writing = hold(local_write.LocalWriteFile, "_write")
 waiting = signalling(attempt.Attempt, "_seal")
 
 def press_ctrl_c():
@@ -266,7 +266,7 @@ def test_an_exit_without_close_reports_what_was_not_committed(script, root):
 
 def test_an_exit_without_close_waits_for_a_commit_under_way(root):
     script = """
-writing = hold(local._LocalWriteFile, "_write")
+writing = hold(local_write.LocalWriteFile, "_write")
 waiting = signalling(attempt.Attempt, "_seal")
 engine.create("a")
 engine.save(state, "model.pt")

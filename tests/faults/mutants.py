@@ -23,11 +23,11 @@ from aiockpt.errors import UnsafePickleError
 from aiockpt.leases import Leases
 from aiockpt.loading.unpickling import Unpickling
 from aiockpt.runtime import Runtime
-from aiockpt.storage import local
+from aiockpt.storage import local, local_calls, local_write
 from aiockpt.storage.local import LocalStorage
 from aiockpt.tag_reader import LATEST
 
-WriteFile = local._LocalWriteFile
+WriteFile = local_write.LocalWriteFile
 Mutant = Callable[[pytest.MonkeyPatch], object]
 
 
@@ -80,7 +80,7 @@ def old_tag_removed_before_the_new_one_is_shown(patch: pytest.MonkeyPatch) -> No
     """As torch's distributed checkpoint does it with its metadata."""
 
     def exchange(storage: LocalStorage, one: str, other: str) -> None:
-        with local._errors_name(other):
+        with local_calls.errors_name(other):
             local.shutil.rmtree(storage._full(other))
             local.os.rename(storage._full(one), storage._full(other))
 
@@ -169,7 +169,7 @@ def latest_written_in_place(patch: pytest.MonkeyPatch) -> None:
         if target != LATEST:
             replace_file(storage, source, target)
             return
-        with local._errors_name(target):
+        with local_calls.errors_name(target):
             with open(storage._full(source), "rb") as file:
                 data = file.read()
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -204,7 +204,7 @@ def write_left_behind_when_cancelled(patch: pytest.MonkeyPatch) -> None:
     ) -> Any:
         return await asyncio.wrap_future(pool.submit(work, *args, **kwargs))
 
-    patch.setattr(local, "run_blocking", abandon)
+    patch.setattr(local_write, "run_blocking", abandon)
 
 
 def living_engines_swept(patch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,13 @@ export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 python3 - <<'PYTHON'
 import sys
+
+import forbiddenfruit  # blockbuster needs it
+import hypothesis
+import pytest_asyncio
+import pytest_timeout
 import torch
+
 import aiockpt.machinery
 from aiockpt.staging.cuda_driver import CudaDriver
 from aiockpt.staging.driver import DeviceError

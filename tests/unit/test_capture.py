@@ -23,6 +23,7 @@ import states
 from aiockpt.capture import Capture, capture
 from aiockpt.capturing.marks import storage_ptrs
 from aiockpt.errors import InvalidArgumentError
+from aiockpt.outline import leaves, outline
 from aiockpt.pickling import pickle_state
 from equality import assert_same_state
 
@@ -404,7 +405,7 @@ def test_a_changed_tensor_is_named(change: Callable[[torch.Tensor], object]) -> 
 
     change(state["model"][0]["w"])
 
-    assert captured.changed() == 'state["model"][0]["w"]'
+    assert captured.changed() == "model.0.w"
 
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
@@ -417,7 +418,7 @@ def test_an_optimizer_step_is_noticed(kind: type, *, foreach: bool) -> None:
 
     optimizer.step()
 
-    assert captured.changed() == 'state["model"]["first.weight"]'
+    assert captured.changed() == "model.first.weight"
 
 
 def test_the_state_of_an_optimizer_is_watched_too() -> None:
@@ -429,7 +430,7 @@ def test_the_state_of_an_optimizer_is_watched_too() -> None:
 
     optimizer.step()
 
-    assert captured.changed() == 'state["state"][0]["step"]'
+    assert captured.changed() == "state.0.step"
 
 
 @EVERY_STATE
@@ -457,7 +458,7 @@ def test_the_first_of_many_changed_tensors_is_named_whatever_its_number() -> Non
     captured = capture({"all": tensors})
     for number in (9_999, 5_000):
         tensors[number].add_(1)
-        assert captured.changed() == f'state["all"][{number}]'
+        assert captured.changed() == f"all.{number}"
 
 
 def test_tensors_of_every_other_kind_are_watched_as_well() -> None:
@@ -474,7 +475,7 @@ def test_tensors_of_every_other_kind_are_watched_as_well() -> None:
             captured = capture([torch.ones(1), *kinds])
             assert captured.changed() is None
             tensor.copy_(tensor.clone())
-            assert captured.changed() == f"state[{number}]"
+            assert captured.changed() == f"{number}"
 
 
 def test_inference_tensors_have_no_counter_but_are_watched_by_address() -> None:
@@ -484,7 +485,7 @@ def test_inference_tensors_have_no_counter_but_are_watched_by_address() -> None:
         tensor.add_(1)
         assert captured.changed() is None
         tensor.resize_(1000)
-        assert captured.changed() == 'state["inference"]'
+        assert captured.changed() == "inference"
 
 
 def test_a_tensor_inside_of_objects_is_named() -> None:
@@ -495,8 +496,8 @@ def test_a_tensor_inside_of_objects_is_named() -> None:
     changed = captured.changed()
     schedule.weights.add_(1)
 
-    assert changed == 'state["net"]._modules["norm"]._parameters["weight"]'
-    assert captured.changed() == 'state["s"][0].weights'
+    assert changed == "net._modules.norm._parameters.weight"
+    assert captured.changed() == "s.0.weights"
 
 
 def test_a_tensor_inside_of_a_cycle_is_named() -> None:
@@ -504,12 +505,12 @@ def test_a_tensor_inside_of_a_cycle_is_named() -> None:
     ring += [ring, {"w": torch.ones(1)}]
     captured = capture(ring)
     ring[2]["w"].add_(1)
-    assert captured.changed() == 'state[2]["w"]'
+    assert captured.changed() == "2.w"
 
 
 def test_no_path_leads_through_a_class() -> None:
     captured = capture({"class": WithTensor, "own": WithTensor.weight})
-    assert captured.key_of(WithTensor.weight) == 'state["own"]'
+    assert captured.key_of(WithTensor.weight) == "own"
 
 
 class WithTensor:
@@ -531,8 +532,16 @@ def test_fake_tensors_are_captured_without_a_warning() -> None:
 def test_a_tensor_in_a_slot_and_in_a_set_is_named() -> None:
     tensor, member = torch.ones(1), torch.ones(1)
     captured = capture([states.Slotted(tensor, []), {member}])
-    assert captured.key_of(tensor) == "state[0].step"
-    assert captured.key_of(member) == "state[1][<Tensor>]"
+    assert captured.key_of(tensor) == "0.step"
+    assert captured.key_of(member) == "1.<Tensor>"
+
+
+def test_a_tensor_is_named_as_a_load_of_the_file_names_it() -> None:
+    names = ["a", "b.c", 1, -1, 0.5, None, True, (1, "x")]
+    state = {"by name": {name: torch.ones(1) for name in names}, "row": [torch.ones(1)]}
+    captured = capture(state)
+    keys = [leaf.key for leaf in leaves(outline(pickle_state(captured.tree).data))]
+    assert [captured.key_of(tensor) for tensor in captured.tensors] == keys
 
 
 def test_a_tensor_that_no_path_leads_to_is_described() -> None:
@@ -556,10 +565,10 @@ def test_distributed_tensors_are_watched_outside_and_inside() -> None:
         assert captured.changed() is None
 
         state["replicated"].add_(1)
-        assert captured.changed() == 'state["replicated"]'
+        assert captured.changed() == "replicated"
 
         state["sharded"].to_local().add_(1)
-        assert captured.changed() == 'state["sharded"]._local_tensor'
+        assert captured.changed() == "sharded._local_tensor"
         assert storage_ptrs([state["sharded"]]) == {state["local"].data_ptr()}
         assert state["local"].data_ptr() in captured.storage_ptrs()
 

@@ -4,6 +4,7 @@ Nothing here says that CUDA does what it is asked for; `tests/gpu` does.
 """
 
 import os
+import re
 import sys
 import types
 from pathlib import Path
@@ -73,7 +74,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Bindings:
 
 def test_every_function_that_is_called_is_one_of_the_bindings():
     text = Path(cuda_driver.__file__).read_text()
-    names = {word.split("(")[0] for word in text.split("api.")[1:] if word[:2] == "cu"}
+    names = set(re.findall(r"\bapi\.(cu\w+)", text))
     assert len(names) > 15
     for name in names:
         assert callable(getattr(driver_api, name)), name

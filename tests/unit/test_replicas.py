@@ -33,7 +33,7 @@ from aiockpt.ring import Lease, Ring
 from aiockpt.saver import FileSave, Saver
 from aiockpt.staging.base import Source
 from aiockpt.staging.host import HostStager
-from aiockpt.storage import local
+from aiockpt.storage import local_write
 from aiockpt.storage.local import LocalStorage
 from aiockpt.testing.strategies import state_dicts
 from aiockpt.threads import WorkerPool
@@ -284,13 +284,13 @@ async def test_many_files_are_saved_at_once_with_rings_smaller_than_any(team):
 
 async def test_each_rank_writes_only_its_own_run_of_chunks(team, monkeypatch):
     written: dict[int, list[int]] = {}
-    write = local._LocalWriteFile._write
+    write = local_write.LocalWriteFile._write
 
     def note(self, offset, view, prepare):
         written.setdefault(id(self._workers), []).append(offset // CHUNK_BYTES)
         write(self, offset, view, prepare)
 
-    monkeypatch.setattr(local._LocalWriteFile, "_write", note)
+    monkeypatch.setattr(local_write.LocalWriteFile, "_write", note)
     saves = saves_of(state_of_chunks(12), 3)
     assert await team.save(saves) == [None] * 3
     num_chunks = -(-saves[0].entry.nbytes // CHUNK_BYTES)
@@ -336,13 +336,13 @@ async def test_a_rank_with_nothing_to_write_is_staged_before_the_others_have_wri
     team, monkeypatch
 ):
     may_write = threading.Event()
-    write = local._LocalWriteFile._write
+    write = local_write.LocalWriteFile._write
 
     def wait_and_write(self, *args):
         assert may_write.wait(LIMIT_S)
         write(self, *args)
 
-    monkeypatch.setattr(local._LocalWriteFile, "_write", wait_and_write)
+    monkeypatch.setattr(local_write.LocalWriteFile, "_write", wait_and_write)
     saves = saves_of({"a": torch.ones(3)}, 3)
     task = asyncio.create_task(team.save(saves))
     for save in saves:
@@ -473,7 +473,7 @@ async def test_state_that_cannot_be_saved_on_one_rank_fails_it_on_all(rank, team
 async def test_a_disk_that_fails_on_one_rank_fails_it_on_all(
     rank, nth, team, monkeypatch
 ):
-    write = local._LocalWriteFile._write
+    write = local_write.LocalWriteFile._write
     mine = team.savers[rank].storage._workers
     num_writes = itertools.count()
 
@@ -482,7 +482,7 @@ async def test_a_disk_that_fails_on_one_rank_fails_it_on_all(
             raise StorageError(errno.EIO, "broken", "disk")
         write(self, offset, view, prepare)
 
-    monkeypatch.setattr(local._LocalWriteFile, "_write", fail)
+    monkeypatch.setattr(local_write.LocalWriteFile, "_write", fail)
     errors = await team.save(saves_of(state_of_chunks(12), 3))
     fails_on(rank, errors, StorageError)
     assert {error.phase for error in errors if isinstance(error, PeerError)} <= {
@@ -521,7 +521,7 @@ async def test_a_file_that_cannot_be_made_fails_on_all(team, tmp_path):
 async def test_a_disk_that_fails_at_the_end_fails_the_rank_that_has_it(
     name, rank, team, monkeypatch
 ):
-    original = getattr(local._LocalWriteFile, name)
+    original = getattr(local_write.LocalWriteFile, name)
     mine = team.savers[rank].storage._workers
 
     def fail(self, *args):
@@ -529,7 +529,7 @@ async def test_a_disk_that_fails_at_the_end_fails_the_rank_that_has_it(
             raise StorageError(errno.EIO, "broken", "disk")
         original(self, *args)
 
-    monkeypatch.setattr(local._LocalWriteFile, name, fail)
+    monkeypatch.setattr(local_write.LocalWriteFile, name, fail)
     saves = saves_of(state_of_chunks(12), 3)
     errors = await team.save(saves)
     # The commit, which waits for every rank's word, then fails on all.
@@ -540,14 +540,14 @@ async def test_a_disk_that_fails_at_the_end_fails_the_rank_that_has_it(
 async def test_a_seal_of_two_ranks_is_durable_before_the_save_ends(team, monkeypatch):
     calls: list[str] = []
     for name in ("_write", "_amend", "_sync"):
-        original = getattr(local._LocalWriteFile, name)
+        original = getattr(local_write.LocalWriteFile, name)
 
         def note(self, *args, name=name, original=original):
             if self._workers is team.savers[2].storage._workers:
                 calls.append(name)
             original(self, *args)
 
-        monkeypatch.setattr(local._LocalWriteFile, name, note)
+        monkeypatch.setattr(local_write.LocalWriteFile, name, note)
     assert await team.save(saves_of(state_of_chunks(12), 3)) == [None] * 3
     kinds = [name for name, _ in itertools.groupby(calls)]
     assert kinds == ["_write", "_amend", "_sync"]
@@ -564,7 +564,7 @@ async def test_a_failure_that_is_kept_keeps_no_tensor(kind, team, monkeypatch):
     else:
         error = StorageError(errno.EIO, "broken", "disk")
         failing = unittest.mock.Mock(side_effect=error)
-        monkeypatch.setattr(local._LocalWriteFile, "_write", failing)
+        monkeypatch.setattr(local_write.LocalWriteFile, "_write", failing)
     del state, array
     errors = await team.save(saves)
     assert all(errors)

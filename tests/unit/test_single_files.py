@@ -17,7 +17,7 @@ from aiockpt.errors import (
 from aiockpt.machinery import Machinery
 from aiockpt.saver import Saver
 from aiockpt.single_files import SingleFile, SingleFiles
-from aiockpt.storage import local
+from aiockpt.storage import local_write
 from aiockpt.storage.local import LocalStorage
 from aiockpt.testing.faults import Fail, Fault, inject
 from gates import RING_8_MIB, failing, held
@@ -124,7 +124,7 @@ def test_a_write_that_is_cancelled_leaves_nothing_and_nobody_waiting(
     machinery, path, end, monkeypatch
 ):
     file = SingleFile(NEW, path)
-    with held(monkeypatch, local._LocalWriteFile, "_sync") as gate:
+    with held(monkeypatch, local_write.LocalWriteFile, "_sync") as gate:
         call = file.start(machinery)
         gate.wait_reached()
         machinery._thread.run_soon(call._cancel_task)

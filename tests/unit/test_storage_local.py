@@ -21,7 +21,7 @@ from aiockpt.errors import (
     CorruptCheckpointError,
     StorageError,
 )
-from aiockpt.storage import local
+from aiockpt.storage import local, local_read, local_write
 from aiockpt.storage.local import LocalStorage
 from aiockpt.threads import WorkerPool
 from gates import Gate
@@ -210,7 +210,7 @@ async def test_short_writes_are_continued(
         finally:
             os.close(buffered)
 
-    monkeypatch.setattr(local, "os", Patched(os, pwrite=short))
+    monkeypatch.setattr(local_write, "os", Patched(os, pwrite=short))
     await write_file(storage, "f", memory, len(expected))
 
     assert (place / "f").read_bytes() == expected
@@ -228,7 +228,7 @@ class Patched:
 
 
 async def test_a_write_of_nothing_is_an_error_and_no_endless_loop(storage, monkeypatch):
-    monkeypatch.setattr(local, "os", Patched(os, pwrite=lambda *_: 0))
+    monkeypatch.setattr(local_write, "os", Patched(os, pwrite=lambda *_: 0))
 
     with pytest.raises(StorageError, match="wrote nothing"):
         await write_file(storage, "f", pages(PAGE)[0], PAGE)
@@ -411,7 +411,7 @@ def test_a_file_is_read_from_anywhere(storage, place):
 def test_short_reads_are_continued(storage, place, monkeypatch):
     (place / "f").write_bytes(bytes(range(100)))
     short = Patched(os, preadv=lambda fd, views, at: os.preadv(fd, [views[0][:7]], at))
-    monkeypatch.setattr(local, "os", short)
+    monkeypatch.setattr(local_read, "os", short)
 
     assert storage.read_bytes("f", 100) == bytes(range(100))
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from aiockpt.errors import CheckpointNotFoundError
-from aiockpt.storage import local
+from aiockpt.storage import local_write
 from faults import mutants
 from workloads import SMALL, Engine
 
@@ -215,7 +215,7 @@ def _nothing_written_early(patch: pytest.MonkeyPatch) -> None:
     write-back was started, are on the disk by the time the manifest is synced.
     """
     mutants.no_file_sync(patch)
-    patch.setattr(local._libc, "sync_file_range", lambda *_: 0)
+    patch.setattr(local_write._libc, "sync_file_range", lambda *_: 0)
 
 
 # What a power cut must show, or the harness would be worth nothing.
@@ -236,5 +236,5 @@ def contender(name: str, root: Path) -> Contender:
     else:
         assert name.removesuffix(BUFFERED) == "aiockpt"
     if name.endswith(BUFFERED):
-        local._O_DIRECT = 0
+        local_write._O_DIRECT = 0
     return Aiockpt(root)

@@ -11,7 +11,7 @@ import torch
 from aiockpt.errors import CheckpointError
 from aiockpt.integrations.deepspeed.facade import CheckpointEngine
 from aiockpt.integrations.deepspeed.lazy import LazyCheckpointEngine
-from aiockpt.storage import local
+from aiockpt.storage import local_write
 from ranks.acts import MOMENTS, RING, _break, _kill, attempt
 
 
@@ -145,14 +145,14 @@ def slow(rank: int, world_size: int, root: str, at: int) -> Any:
     engine = LazyCheckpointEngine(RING)
     go = Path(root, "go")
     if rank == at:
-        write = local._LocalWriteFile._write
+        write = local_write.LocalWriteFile._write
 
         def late_write(*args: Any) -> Any:
             while not go.exists():
                 time.sleep(0.01)
             return write(*args)
 
-        local._LocalWriteFile._write = late_write
+        local_write.LocalWriteFile._write = late_write
     hand_over(engine, root, "a", rank)
     for _ in range(3):
         engine.wait_staged()

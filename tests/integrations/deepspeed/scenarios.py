@@ -21,7 +21,7 @@ from aiockpt.guard import StagingGate
 from aiockpt.integrations.deepspeed import CheckpointEngine, install
 from aiockpt.integrations.deepspeed.lazy import LazyCheckpointEngine
 from aiockpt.integrations.deepspeed.roots import Roots
-from aiockpt.storage import local
+from aiockpt.storage import local_write
 from gates import Gate
 
 CELL = {"stage": 2, "dtype": "bf16"}
@@ -130,13 +130,13 @@ def extra_files_stay(problems, root):
 def no_step_waits_for_the_disk(problems, root):
     trainer = Trainer(CELL, is_ours=True)
     gate = Gate()
-    write = local._LocalWriteFile._write
+    write = local_write.LocalWriteFile._write
 
     def held_write(*args):
         gate.pass_through()
         return write(*args)
 
-    local._LocalWriteFile._write = held_write
+    local_write.LocalWriteFile._write = held_write
     trainer.run(0, 1)
     trainer.engine.save_checkpoint(root)
     trainer.run(1, 4)
@@ -147,7 +147,7 @@ def no_step_waits_for_the_disk(problems, root):
     dist.barrier()
     gate.open()
     trainer.engine.destroy()
-    local._LocalWriteFile._write = write
+    local_write.LocalWriteFile._write = write
     check(problems, latest(root) == "global_step4", f"latest is {latest(root)}")
     check(problems, len(published(root)) == 2, f"{published(root)}")
     found = resumed(CELL, root, 1, 3, tag="global_step1")
@@ -213,7 +213,9 @@ def a_rank_is_killed(problems, root):
     trainer.engine.checkpoint_engine.drain()
     trainer.run(1, 2)
     if dist.get_rank() == 1:
-        local._LocalWriteFile._write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        local_write.LocalWriteFile._write = lambda *_: os.kill(
+            os.getpid(), signal.SIGKILL
+        )
     trainer.engine.save_checkpoint(f"{sys.argv[2]}/killed")
     trainer.run(2, 4)
 

@@ -12,7 +12,7 @@ from aiockpt.catalog import Catalog
 from aiockpt.errors import CheckpointError, InvalidArgumentError, StorageError
 from aiockpt.integrations.deepspeed.lazy import LazyCheckpointEngine
 from aiockpt.staging import host
-from aiockpt.storage import local
+from aiockpt.storage import local_write
 from gates import RING_8_MIB, causes, failing, held, in_thread, run_script
 
 NO_SPACE = StorageError(28, "no space left", "model.pt")
@@ -54,7 +54,7 @@ def published(root: Path) -> set[str]:
 
 
 def test_handing_over_waits_for_no_write(engine, root, monkeypatch):
-    with held(monkeypatch, local._LocalWriteFile, "_write") as gate:
+    with held(monkeypatch, local_write.LocalWriteFile, "_write") as gate:
         hand_over(engine, root, "one", {"number": 1})
         gate.wait_reached()
         assert not published(root)
@@ -63,7 +63,7 @@ def test_handing_over_waits_for_no_write(engine, root, monkeypatch):
 
 
 def test_waiting_for_staging_waits_for_no_write(engine, root, monkeypatch):
-    with held(monkeypatch, local._LocalWriteFile, "_write") as gate:
+    with held(monkeypatch, local_write.LocalWriteFile, "_write") as gate:
         hand_over(engine, root, "one", {"weight": torch.zeros(50_000)})
         engine.wait_staged()
         gate.wait_reached()
@@ -117,7 +117,7 @@ def test_buffers_may_change_at_once(engine, root, monkeypatch):
 def test_python_objects_are_what_they_were_at_the_call(engine, root, monkeypatch):
     scaler = SimpleNamespace(scale=1.0)
     state = {"loss_scaler": scaler, "ds_config": {"lr": 1}}
-    with held(monkeypatch, local._LocalWriteFile, "_write") as gate:
+    with held(monkeypatch, local_write.LocalWriteFile, "_write") as gate:
         hand_over(engine, root, "one", state)
         scaler.scale = state["ds_config"]["lr"] = 2
         gate.wait_reached()
@@ -201,7 +201,7 @@ def test_a_failure_is_raised_by_the_next_call_and_only_there(
 def test_several_failures_are_raised_as_one(engine, root, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Catalog, "publish", failing(NO_SPACE))
-        with held(patch, local._LocalWriteFile, "_write"):
+        with held(patch, local_write.LocalWriteFile, "_write"):
             for tag in ("one", "two"):
                 hand_over(engine, root, tag, {"number": 1})
         with pytest.raises(StorageError) as raised:
