@@ -242,12 +242,14 @@ class _Reducers(dict[type, Callable[[Any], Any]]):
     """What reduces the objects of a class, as a pickler's `dispatch_table`."""
 
     def __init__(self, pickler: _StatePickler) -> None:
-        super().__init__({
-            Tensor: pickler.reduce_tensor,
-            Parameter: pickler.reduce_parameter,
-            _Payload: pickler.reduce_payload,
-            _NoHooks: operator.attrgetter("reduced"),
-        })
+        super().__init__(
+            {
+                Tensor: pickler.reduce_tensor,
+                Parameter: pickler.reduce_parameter,
+                _Payload: pickler.reduce_payload,
+                _NoHooks: operator.attrgetter("reduced"),
+            }
+        )
         self._reduce_odd = pickler.reduce_odd
 
     def __missing__(self, kind: type) -> Callable[[Any], Any]:
