@@ -21,6 +21,7 @@ import copyreg
 import io
 import operator
 import pickle
+import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable
@@ -46,6 +47,9 @@ from aiockpt.storage_spans import (
 )
 
 _PROTOCOL: Final = 2
+
+# A class: its name and its place in the memo, or a reference to that.
+_CLASS: Final = re.compile(rb"(?s)(?:c[^\n]*\n[^\n]*\n)?(?:[qh](.)|[rj](.{4}))")
 
 _Reduced: TypeAlias = tuple[Any, ...]
 
@@ -131,15 +135,18 @@ class _StatePickler(pickle.Pickler):
     Plain tensors and parameters are reduced here instead of by their `__reduce_ex__`:
     to the same bytes, in a fraction of the time.
 
-    A persistent reference is written without `persistent_id`, which would be called
-    for each of the twenty objects of a tensor: the id is written as what it is, a
-    tuple, and a number behind it, `mark`, keeps the place of the opcode that makes a
-    reference of it. Numbers leave no trace in pickle's memo; `pickled` puts the opcode
-    there. The mark is made up anew from 128 random bits, so nothing else contains it.
+    Two things are written as *marks* first, numbers made up anew of 128 random bits,
+    so that nothing else in the pickle is like them. Numbers leave no trace in
+    pickle's memo, and `pickled` puts in their places what belongs there:
 
-    pickle keeps every object that it has written until the end. The stand-ins are
-    made such that the garbage collector does not count them: enough new objects make
-    it traverse all that the process holds, and nothing else runs meanwhile.
+    - The opcode that makes a reference of the persistent id before it. With pickle's
+      own way, `persistent_id` is called for each of the twenty objects of a tensor.
+    - The reference to a storage's class, which is in the memo since the first tensor of
+      the same dtype. The id and all around it are then tuples of numbers and strings.
+
+    pickle keeps every object that it has written until the end, and enough new ones
+    make the garbage collector traverse all that the process holds, while nothing else
+    runs. It does not count tuples of numbers and strings, nor the stand-ins here.
     """
 
     def __init__(self, ledger: StorageLedger) -> None:
@@ -149,15 +156,19 @@ class _StatePickler(pickle.Pickler):
         self._ledger = ledger
         self._rebuilds: dict[torch.dtype, _Rebuild] = {}
         self._parameter: Any = None
-        # Of the same length each time: the top bit is set, the sign is not.
-        self._mark = secrets.randbits(128) | 1 << 127
+        self._refer_mark = _new_mark()
+        self._class_marks: list[int] = []
 
     def pickled(self, tree: object) -> bytes:
         """The pickle of `tree`."""
         self.dump(tree)
-        # What `dumps` puts around a number is the protocol before and a stop behind.
-        mark = pickle.dumps(self._mark, _PROTOCOL)[2:-1]
-        return self._file.getvalue().replace(mark, pickle.BINPERSID)
+        data = self._file.getvalue()
+        data = data.replace(_opcodes(self._refer_mark), pickle.BINPERSID)
+        for mark in self._class_marks:
+            # The first mark stands before the class, the others in its place.
+            head, tail = data.split(_opcodes(mark), 1)
+            data = head + tail.replace(_opcodes(mark), _reference_to_first(tail))
+        return data
 
     def reduce_tensor(self, tensor: Any) -> Any:
         """The reduction of an object that is exactly a `Tensor`."""
@@ -177,10 +188,10 @@ class _StatePickler(pickle.Pickler):
         return self._reduce_plain(self._parameter, requires_grad=False)
 
     def _reduce_plain(self, tensor: Any, *, requires_grad: bool) -> _Reduced:
-        rebuild = self._rebuilds.get(tensor.dtype)
-        if rebuild is None:
-            rebuild = self._rebuilds[tensor.dtype] = _rebuild_of(tensor)
-        function, element, extra = rebuild
+        dtype = tensor.dtype
+        rebuild = self._rebuilds.get(dtype)
+        is_first = rebuild is None
+        function, element, extra = rebuild or _rebuild_of(tensor)
         size, stride = tuple(tensor.shape), tensor.stride()
         persistent_id, offset = self._ledger.refer(
             tensor.untyped_storage(),
@@ -188,10 +199,14 @@ class _StatePickler(pickle.Pickler):
             tensor.storage_offset(),
             tensor.numel() if tensor.is_contiguous() else _num_spanned(size, stride),
         )
-        return function, (
-            persistent_id, self._mark, offset, size, stride, requires_grad, _NoHooks(),
-            *extra,
-        )  # fmt: skip
+        if is_first:
+            mark = _new_mark()
+            self._class_marks.append(mark)
+            marked = element._replace(storage_type=mark)
+            self._rebuilds[dtype] = _Rebuild(function, marked, extra)
+            persistent_id = (persistent_id[0], mark, *persistent_id[1:])
+        args = (persistent_id, self._refer_mark, offset, size, stride, requires_grad)
+        return function, (*args, _NoHooks(), *extra)
 
     def reduce_odd(self, tensor: Any) -> Any:
         """Reduces as torch does, and takes the storage of a strided tensor apart."""
@@ -223,7 +238,7 @@ class _StatePickler(pickle.Pickler):
         persistent_id, offset = self._ledger.refer(
             storage, element, offset, num_spanned
         )
-        return (persistent_id, self._mark, offset, size, stride, *rest)
+        return (persistent_id, self._refer_mark, offset, size, stride, *rest)
 
 
 class _RawStoragePickler(_StatePickler):
@@ -282,6 +297,24 @@ def _rebuild_of(tensor: Any) -> _Rebuild:
         return _Rebuild(function, _element_of(storage), extra)
     element = _untyped_element(storage, itemsize=tensor.itemsize)
     return _Rebuild(function, element, extra)
+
+
+def _new_mark() -> int:
+    # Of the same length each time: the highest of its bits is set.
+    return secrets.randbits(128) | 1 << 127
+
+
+def _opcodes(number: int) -> bytes:
+    """What pickle writes for a number: `dumps` puts the protocol and a stop around."""
+    return pickle.dumps(number, _PROTOCOL)[2:-1]
+
+
+def _reference_to_first(data: bytes) -> bytes:
+    """The opcode that refers to the class with which `data` begins."""
+    found = _CLASS.match(data)
+    assert found is not None
+    short, long = found.groups()
+    return pickle.LONG_BINGET + long if short is None else pickle.BINGET + short
 
 
 def _element_of(storage: Any) -> Element:

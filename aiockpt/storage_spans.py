@@ -57,13 +57,13 @@ class Element(NamedTuple):
     """How torch takes the bytes of a storage.
 
     Attributes:
-        storage_type: Class in the persistent id.
+        storage_type: Class in the persistent id, or what is written in its place.
         storage_dtype: All who refer to the same data must agree on it.
         unit_nbytes: What the persistent id's "number of elements" counts.
         itemsize: Bytes of a tensor's element.
     """
 
-    storage_type: type
+    storage_type: type | int
     storage_dtype: torch.dtype
     unit_nbytes: int
     itemsize: int

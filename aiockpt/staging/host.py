@@ -15,7 +15,6 @@ from aiockpt.ring import Lease
 from aiockpt.staging.base import Source
 from aiockpt.threads import run_blocking
 
-
 _CPU: Final = torch.device("cpu")
 
 
