@@ -23,6 +23,7 @@ import operator
 import pickle
 import re
 import secrets
+import struct
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, TypeAlias, cast
@@ -47,6 +48,7 @@ from aiockpt.storage_spans import (
 )
 
 _PROTOCOL: Final = 2
+_MARK_BITS: Final = 128
 
 # A class: its name and its place in the memo, or a reference to that.
 _CLASS: Final = re.compile(rb"(?s)(?:c[^\n]*\n[^\n]*\n)?(?:[qh](.)|[rj](.{4}))")
@@ -141,12 +143,13 @@ class _StatePickler(pickle.Pickler):
 
     - The opcode that makes a reference of the persistent id before it. With pickle's
       own way, `persistent_id` is called for each of the twenty objects of a tensor.
-    - The reference to a storage's class, which is in the memo since the first tensor of
-      the same dtype. The id and all around it are then tuples of numbers and strings.
+    - References to the classes of a storage and of a tensor's hooks, which are in the
+      memo since the first tensor of the same dtype. For the hooks, which are to be an
+      object each, a new string stands that all pickles spell alike.
 
     pickle keeps every object that it has written until the end, and enough new ones
     make the garbage collector traverse all that the process holds, while nothing else
-    runs. It does not count tuples of numbers and strings, nor the stand-ins here.
+    runs. It does not count tuples of numbers and strings: no tensor adds other ones.
     """
 
     def __init__(self, ledger: StorageLedger) -> None:
@@ -157,17 +160,16 @@ class _StatePickler(pickle.Pickler):
         self._rebuilds: dict[torch.dtype, _Rebuild] = {}
         self._parameter: Any = None
         self._refer_mark = _new_mark()
-        self._class_marks: list[int] = []
+        self._marked: list[_Marked] = []
 
     def pickled(self, tree: object) -> bytes:
         """The pickle of `tree`."""
         self.dump(tree)
         data = self._file.getvalue()
         data = data.replace(_opcodes(self._refer_mark), pickle.BINPERSID)
-        for mark in self._class_marks:
-            # The first mark stands before the class, the others in its place.
-            head, tail = data.split(_opcodes(mark), 1)
-            data = head + tail.replace(_opcodes(mark), _reference_to_first(tail))
+        for before_first, later, behind in self._marked:
+            head, tail = data.split(before_first, 1)
+            data = head + tail.replace(later, _reference_to_first(tail) + behind)
         return data
 
     def reduce_tensor(self, tensor: Any) -> Any:
@@ -188,10 +190,9 @@ class _StatePickler(pickle.Pickler):
         return self._reduce_plain(self._parameter, requires_grad=False)
 
     def _reduce_plain(self, tensor: Any, *, requires_grad: bool) -> _Reduced:
-        dtype = tensor.dtype
-        rebuild = self._rebuilds.get(dtype)
-        is_first = rebuild is None
-        function, element, extra = rebuild or _rebuild_of(tensor)
+        known = self._rebuilds.get(tensor.dtype)
+        rebuild = known or _rebuild_of(tensor)
+        function, element, extra, no_hooks = rebuild
         size, stride = tuple(tensor.shape), tensor.stride()
         persistent_id, offset = self._ledger.refer(
             tensor.untyped_storage(),
@@ -199,14 +200,31 @@ class _StatePickler(pickle.Pickler):
             tensor.storage_offset(),
             tensor.numel() if tensor.is_contiguous() else _num_spanned(size, stride),
         )
-        if is_first:
-            mark = _new_mark()
-            self._class_marks.append(mark)
-            marked = element._replace(storage_type=mark)
-            self._rebuilds[dtype] = _Rebuild(function, marked, extra)
-            persistent_id = (persistent_id[0], mark, *persistent_id[1:])
         args = (persistent_id, self._refer_mark, offset, size, stride, requires_grad)
-        return function, (*args, _NoHooks(), *extra)
+        if known is None:
+            args, hooks = self._mark_first(tensor.dtype, rebuild, args)
+        else:
+            hooks = (no_hooks.decode(),)
+        return function, args + hooks + extra
+
+    def _mark_first(
+        self, dtype: torch.dtype, rebuild: "_Rebuild", args: _Reduced
+    ) -> tuple[_Reduced, _Reduced]:
+        """Marks the classes of the first tensor of `dtype`, for those after it."""
+        in_id, in_hooks = _new_mark(), _new_mark()
+        element = rebuild.element._replace(storage_type=in_id)
+        self._rebuilds[dtype] = rebuild._replace(element=element)
+        text = pickle.BINUNICODE + struct.pack("<I", len(rebuild.no_hooks))
+        self._marked += [
+            _Marked(_opcodes(in_id), _opcodes(in_id), b""),
+            _Marked(
+                _opcodes(in_hooks),
+                text + rebuild.no_hooks,
+                pickle.EMPTY_TUPLE + pickle.REDUCE,
+            ),
+        ]
+        (storage, *rest), *others = args
+        return ((storage, in_id, *rest), *others), (in_hooks, _NoHooks())
 
     def reduce_odd(self, tensor: Any) -> Any:
         """Reduces as torch does, and takes the storage of a strided tensor apart."""
@@ -282,26 +300,43 @@ class _Rebuild(NamedTuple):
         function: Makes the tensor.
         element: What stands in its storage.
         extra: Arguments behind those that all dtypes have.
+        no_hooks: A text like no other, that stands for a tensor's hooks.
     """
 
     function: Any
     element: Element
     extra: tuple[object, ...]
+    no_hooks: bytes
+
+
+class _Marked(NamedTuple):
+    """Where the reference to a class belongs.
+
+    Attributes:
+        before_first: Opcodes to be left out, before the class itself.
+        later: Opcodes in the place of a reference to it.
+        behind: Opcodes that follow the reference.
+    """
+
+    before_first: bytes
+    later: bytes
+    behind: bytes
 
 
 def _rebuild_of(tensor: Any) -> _Rebuild:
     """Learns from a plain tensor how torch pickles its dtype."""
     function, args = tensor.data.__reduce_ex__(_PROTOCOL)
+    no_hooks = secrets.token_hex(_MARK_BITS // 8).encode()
     storage, extra = args[0], args[6:]
     if isinstance(storage, TypedStorage):
-        return _Rebuild(function, _element_of(storage), extra)
+        return _Rebuild(function, _element_of(storage), extra, no_hooks)
     element = _untyped_element(storage, itemsize=tensor.itemsize)
-    return _Rebuild(function, element, extra)
+    return _Rebuild(function, element, extra, no_hooks)
 
 
 def _new_mark() -> int:
     # Of the same length each time: the highest of its bits is set.
-    return secrets.randbits(128) | 1 << 127
+    return secrets.randbits(_MARK_BITS) | 1 << _MARK_BITS - 1
 
 
 def _opcodes(number: int) -> bytes:
