@@ -260,7 +260,7 @@ class _StatePickler(pickle.Pickler):
 
 
 class _RawStoragePickler(_StatePickler):
-    """Takes raw storages as well, and three quarters more time."""
+    """Takes raw storages as well, and is asked about every object for that."""
 
     @override
     def persistent_id(self, obj: object) -> PersistentId | None:
