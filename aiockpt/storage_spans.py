@@ -21,7 +21,7 @@ __all__ = [
 import bisect
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, TypedStorage, UntypedStorage
@@ -29,6 +29,8 @@ from torch.serialization import location_tag
 
 from aiockpt.capturing.key_paths import key_path
 from aiockpt.capturing.marks import storage_ptrs
+
+_CPU: Final = torch.device("cpu")
 
 PersistentId: TypeAlias = tuple[object, ...]
 
@@ -55,13 +57,13 @@ class Element(NamedTuple):
     """How torch takes the bytes of a storage.
 
     Attributes:
-        storage_type: Class in the persistent id.
+        storage_type: Class in the persistent id, or what is written in its place.
         storage_dtype: All who refer to the same data must agree on it.
         unit_nbytes: What the persistent id's "number of elements" counts.
         itemsize: Bytes of a tensor's element.
     """
 
-    storage_type: type
+    storage_type: type | int
     storage_dtype: torch.dtype
     unit_nbytes: int
     itemsize: int
@@ -111,7 +113,6 @@ class StorageLedger:
         self._ranges: dict[int, list[tuple[int, int, int]]] = {}
         self._whole: set[int] = set()
         self._dtypes: dict[int, torch.dtype] = {}
-        self._cpu_location: str | None = None
 
     def refer(
         self, storage: UntypedStorage, element: Element, offset: int, num_elements: int
@@ -130,19 +131,19 @@ class StorageLedger:
         itemsize = element.itemsize
         start, stop = offset * itemsize, (offset + num_elements) * itemsize
         address = storage._cdata
-        number = self._numbers.get(address)
         if address in self._cuts:
             number = self._number_of_cut(storage, start, stop)
             span = self.spans[number]
             num_before = offset - span.start // itemsize
             offset = max(0, min(num_before, span.nbytes // itemsize))
-        elif number is None:
-            number = self._add(address, Span(storage, 0, storage.nbytes()))
+        else:
+            number = self._number_of(storage, address)
+        persistent_id = self._persistent_id(number, element)
         if start == 0 and stop == self.spans[number].nbytes:
             self._whole.add(address)
         else:
             self._ranges.setdefault(address, []).append((start, stop, itemsize))
-        return self._persistent_id(number, element), offset
+        return persistent_id, offset
 
     def refer_whole(self, storage: UntypedStorage, element: Element) -> PersistentId:
         """Refers to all of a storage and returns its persistent id."""
@@ -151,10 +152,7 @@ class StorageLedger:
             raise ValueError(message)
         address = storage._cdata
         self._whole.add(address)
-        number = self._numbers.get(address)
-        if number is None:
-            number = self._add(address, Span(storage, 0, storage.nbytes()))
-        return self._persistent_id(number, element)
+        return self._persistent_id(self._number_of(storage, address), element)
 
     def cuts_needed(self) -> Cuts:
         """Returns how to cut the storages of which only parts were referred to."""
@@ -168,6 +166,12 @@ class StorageLedger:
             if merged != [(0, nbytes)] and merged[-1][1] <= nbytes:
                 cuts[address] = merged
         return cuts
+
+    def _number_of(self, storage: UntypedStorage, address: int) -> int:
+        number = self._numbers.get(address)
+        if number is None:
+            number = self._add(address, Span(storage, 0, storage.nbytes()))
+        return number
 
     def _number_of_cut(self, storage: UntypedStorage, start: int, stop: int) -> int:
         address = storage._cdata
@@ -191,25 +195,16 @@ class StorageLedger:
 
     def _persistent_id(self, number: int, element: Element) -> PersistentId:
         storage, _, nbytes = self.spans[number]
+        storage_type, storage_dtype, unit_nbytes, _ = element
         pointer = storage.data_ptr()
         if pointer:
-            dtype = self._dtypes.setdefault(pointer, element.storage_dtype)
-            if dtype is not element.storage_dtype:
+            dtype = self._dtypes.setdefault(pointer, storage_dtype)
+            if dtype is not storage_dtype:
                 raise StorageConflictError(pointer)
-        return (
-            "storage",
-            element.storage_type,
-            self._keys[number],
-            self._location(storage),
-            nbytes // element.unit_nbytes,
-        )
-
-    def _location(self, storage: UntypedStorage) -> str:
-        if storage.device.type != "cpu":
-            return str(location_tag(storage))
-        if self._cpu_location is None:
-            self._cpu_location = str(location_tag(storage))
-        return self._cpu_location
+        # torch gives the same string for all of these; to ask for it takes long.
+        location = "cpu" if storage.device == _CPU else str(location_tag(storage))
+        num_units = nbytes // unit_nbytes
+        return "storage", storage_type, self._keys[number], location, num_units
 
 
 def _merged(ranges: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:

@@ -1,23 +1,26 @@
 """The pickle is torch's own, and only bytes that are referred to are kept."""
 
 import copyreg
+import gc
 import io
 import itertools
 import pickle
 import warnings
 import zipfile
+from collections import OrderedDict
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import UntypedStorage, nn
 
 import states
 from aiockpt.capture import capture
 from aiockpt.capturing.marks import _parts
 from aiockpt.errors import InvalidArgumentError
-from aiockpt.pickling import Pickled, Span, pickle_state
+from aiockpt.pickling import Pickled, Span, _StatePickler, pickle_state
+from aiockpt.storage_spans import StorageLedger
 from equality import assert_same_state
 
 EVERY_STATE = pytest.mark.parametrize("build", states.ALL_STATES.values())
@@ -33,6 +36,49 @@ def test_the_pickle_is_byte_for_byte_that_of_torch_save(build: states.Builder) -
 
     assert all(is_whole(span) for span in pickled.spans)
     assert pickled.data == pickle_of_torch(state)
+
+
+@pytest.mark.parametrize("num_before", [0, 300], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "before",
+    [[], [torch.FloatStorage, OrderedDict], [OrderedDict(a=OrderedDict())]],
+    ids=["nothing", "the classes", "a dict of the class"],
+)
+def test_many_tensors_are_pickled_as_torch_does_wherever_their_classes_are_known(
+    before: list[object], num_before: int
+) -> None:
+    dtypes = [torch.float32, torch.int64, torch.bool, torch.uint16, torch.uint32]
+    tensors = [
+        states.data_of(dtype, 2 * number)
+        for number in range(40)
+        for dtype in [*dtypes, torch.complex64]
+    ]
+    parameters = [nn.Parameter(tensor, requires_grad=False) for tensor in tensors]
+    names = [f"before {number}" for number in range(num_before)]
+    ties = [tensor.view(2, -1) for tensor in tensors[12:]]
+    for state in (
+        [names, before, tensors, parameters, ties, tensors],
+        [names, before, parameters, tensors],
+    ):
+        assert pickle_state(state).data == pickle_of_torch(state)
+
+
+def test_no_tensor_adds_to_what_the_garbage_collector_traverses() -> None:
+    tensors = [torch.ones(2, 3) for _ in range(500)]
+    ledger = StorageLedger({})
+    pickler = _StatePickler(ledger)  # Holds all that it has written.
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(known) for known in gc.get_objects()}
+        pickler.pickled(tensors)
+        gc.collect(0)
+        added = [new for new in gc.get_objects() if id(new) not in before]
+    finally:
+        gc.enable()
+    # The spans, and the storages in them, are the outcome, and stay.
+    of_pickle = [new for new in added if not isinstance(new, Span | UntypedStorage)]
+    assert len(of_pickle) < 50
 
 
 @ONE_PROCESS_GROUP
