@@ -108,7 +108,7 @@ def _pickle(tree: object, cuts: Cuts) -> tuple[Pickled, Cuts]:
 
 def _is_unpicklable(value: object) -> bool:
     try:
-        _RawStoragePickler(StorageLedger({})).dump(value)
+        _RawStoragePickler(StorageLedger({})).pickled(value)
     except Exception:  # noqa: BLE001 - whatever the value's class raises
         return True
     return False
@@ -164,7 +164,12 @@ class _StatePickler(pickle.Pickler):
 
     def pickled(self, tree: object) -> bytes:
         """The pickle of `tree`."""
-        self.dump(tree)
+        try:
+            self.dump(tree)
+        finally:
+            # It refers to this object, which would outlive the pickle by that, and
+            # with it all tensors.
+            del self.dispatch_table
         data = self._file.getvalue()
         data = data.replace(_opcodes(self._refer_mark), pickle.BINPERSID)
         for before_first, later, behind in self._marked:
