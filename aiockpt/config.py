@@ -28,7 +28,7 @@ class EngineConfig:
     Attributes:
         host_cache_size: Host memory for the ring, in GiB (at least 8 MiB). It is
             taken from the system as it is first needed.
-        parser_threads: Worker threads that checksum and write (and load).
+        parser_threads: Worker threads that checksum and write; twice as many load.
         guard: Whether torch optimizers wait in `step()` until what is being staged
             has been staged. Without it a step that comes too early fails the tag.
         peer_timeout_s: Seconds for which ranks wait for one another. A rank that dies

@@ -36,6 +36,9 @@ _NUM_PLANNERS = 2
 # Looking for new tags, and locks of other processes: both may wait, and nothing that a
 # save needs may wait for them.
 _NUM_LOOKERS = 2
+# Readers wait, for the disk and for the system to give the memory that they read into,
+# and sum in between: more of them than processors keep both busy.
+_READERS_PER_WORKER = 2
 # Loads at once; they share the workers, so more would not be faster.
 _NUM_LOADERS = 2
 # One: chunks are then filled in the order in which they were asked for, and one
@@ -74,13 +77,12 @@ class Machinery:
         self.workers = WorkerPool(config.parser_threads, "aiockpt-worker")
         # Not in the background: who loads a checkpoint has nothing else to do.
         self._loaders = WorkerPool(_NUM_LOADERS, "aiockpt-load", is_background=False)
-        self._readers = WorkerPool(
-            config.parser_threads, "aiockpt-read", is_background=False
-        )
+        num_readers = _READERS_PER_WORKER * config.parser_threads
+        self._readers = WorkerPool(num_readers, "aiockpt-read", is_background=False)
         self.loader = Loader(
             ring=self.ring,
             workers=self._readers,
-            num_workers=config.parser_threads,
+            num_workers=num_readers,
             loaders=self._loaders,
             spawn=self.spawn,
             devices=self._devices,
