@@ -21,7 +21,7 @@ from aiockpt import (
 from aiockpt.catalog import Catalog
 from aiockpt.preflight import Preflight
 from aiockpt.ring import Ring
-from aiockpt.storage import facts, local
+from aiockpt.storage import facts, local_write
 from aiockpt.storage.facts import DiskFacts, Limits
 from aiockpt.storage.local import LocalStorage
 from aiockpt.sync import CheckpointEngine as BlockingEngine
@@ -119,7 +119,7 @@ async def test_a_state_that_cannot_be_saved_is_told(engine):
 
 STEPS = {
     "make its work area": (Catalog, "new_directory"),
-    "write a file": (local, "_reserve"),
+    "write a file": (local_write, "_reserve"),
     "publish a directory": (LocalStorage, "rename_dir"),
     "publish a directory ": (LocalStorage, "replace"),
     "publish a directory  ": (LocalStorage, "sync_dir"),
@@ -197,7 +197,7 @@ async def test_too_few_descriptors_are_told(engine, monkeypatch):
 
 
 async def test_direct_writes_that_are_refused_are_only_told(engine, monkeypatch):
-    monkeypatch.setattr(local, "_O_DIRECT", 0)
+    monkeypatch.setattr(local_write, "_O_DIRECT", 0)
     report = await engine.preflight()
     assert not report.is_direct
     assert any("O_DIRECT" in warning for warning in report.warnings)
