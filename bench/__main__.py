@@ -64,7 +64,7 @@ def main() -> int:
         for name in names:
             start = perf_counter()
             if name == _RANKS:
-                for line in agreements(arguments.scale):
+                for line in agreements(arguments.scale, arguments.dir):
                     run.tell(case=_RANKS, **line)
             else:
                 run.case(CASES[name])

@@ -1,12 +1,15 @@
-"""How long ranks take to agree: `python -m bench.ranks processes|simulated NUMBER ...`.
+"""How long ranks take: `python -m bench.ranks KIND NUMBER ... [--dir DIR]`.
 
-`processes` are real ranks of a `torch.distributed` job, say 2 to 16; `simulated` are up
-to 4 096 members in a few processes, each with a socket of its own, of one hub. Prints a
-JSON line for each size, told by rank 0: the time of one `consult`, of 50, in
-milliseconds, and the processor time of rank 0 (hub and member) for it. All processes
-share this machine: the time holds the work of all members, one after another.
+`processes` are real ranks of a `torch.distributed` job, say 2 to 16, that agree on
+something; `simulated` are up to 4 096 members in a few processes, each with a socket of
+its own, of one hub; `commits` are whole commits of real ranks, each with a file of 4 KiB
+that has been written, to a disk that they share. Prints a JSON line for each size, told
+by rank 0: the time of one `consult` or `commit`, of 50, in milliseconds, and the
+processor time of rank 0 (hub and member) for it. All processes share this machine: the
+time holds the work of all members, one after another.
 """
 
+import argparse
 import asyncio
 import json
 import os
@@ -14,20 +17,24 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
 from time import perf_counter, process_time
 
+import torch
 from typing_extensions import override
 
+import aiockpt
 from aiockpt.ranks.base import Ranks
 from aiockpt.ranks.hub import Hub
 from aiockpt.ranks.link import HubConnection, LocalLink, dial
 from aiockpt.ranks.member import Door, Link, Member
 from aiockpt.ranks.messages import Hello
 from aiockpt.ranks.server import HubServer
-from bench.workloads import Scale
+from bench.workloads import KIB, Scale
 
-_NUM_CONSULTS = 50
+_NUM_CALLS = 50
 _NUM_WARM_UPS = 5
 _WORD = bytes(100)
 _TIMEOUT_S = 300
@@ -65,17 +72,34 @@ async def _decide(words: Sequence[bytes]) -> bytes:
     return len(words).to_bytes(8)
 
 
-async def _measure(ranks: Ranks) -> list[tuple[float, float]]:
+async def _measure(
+    ranks: Ranks, call: Callable[[int], Awaitable[object]]
+) -> list[tuple[float, float]]:
     """Milliseconds of each call, and of this process's processor time."""
     times = []
-    for _ in range(_NUM_WARM_UPS + _NUM_CONSULTS):
+    for number in range(_NUM_WARM_UPS + _NUM_CALLS):
         # All begin together, as ranks do that come from a training step.
         await ranks.consult("ready", b"", _decide)
         begin, cpu_begin = perf_counter(), process_time()
-        await ranks.consult("commit", _WORD, _decide)
+        await call(number)
         end, cpu_end = perf_counter(), process_time()
         times.append((1e3 * (end - begin), 1e3 * (cpu_end - cpu_begin)))
     return times[_NUM_WARM_UPS:]
+
+
+async def _agree(ranks: Ranks) -> list[tuple[float, float]]:
+    return await _measure(ranks, lambda _: ranks.consult("commit", _WORD, _decide))
+
+
+async def _commit(ranks: Ranks, root: Path) -> list[tuple[float, float]]:
+    """Commits tags that are open, each with a written file of every rank."""
+    state = {"weight": torch.zeros(4 * KIB, dtype=torch.uint8)}
+    async with aiockpt.CheckpointEngine(root, {"host_cache_size": 1 / 64}) as engine:
+        for number in range(_NUM_WARM_UPS + _NUM_CALLS):
+            await engine.create(f"step-{number}")
+            handle = await engine.save(state, f"{ranks.rank}.pt", tag=f"step-{number}")
+            await handle.written()
+        return await _measure(ranks, lambda number: engine.commit(f"step-{number}"))
 
 
 def _tell(kind: str, world_size: int, times: list[tuple[float, float]]) -> None:
@@ -89,13 +113,15 @@ def _tell(kind: str, world_size: int, times: list[tuple[float, float]]) -> None:
     print(json.dumps({"kind": kind, "ranks": world_size, **figures}), flush=True)
 
 
-async def _be_real() -> None:
+async def _be_real(root: Path | None) -> None:
+    """A rank of a job; where there is a root, one that commits."""
     from aiockpt.ranks.torch_dist import detect
 
     ranks = detect("bench", _TIMEOUT_S)
-    times = await _measure(ranks)
+    times = await (_agree(ranks) if root is None else _commit(ranks, root))
     if ranks.rank == 0:
-        _tell("processes", ranks.world_size, times)
+        kind = "processes" if root is None else "commits"
+        _tell(kind, ranks.world_size, times)
     await ranks.consult("end", b"", _decide)
     await ranks.close()
 
@@ -111,7 +137,7 @@ async def _be_members(port: int, world_size: int, ranks: range) -> None:
 
 
 async def _follow(member: Member) -> None:
-    await _measure(member)
+    await _agree(member)
     await member.close()
 
 
@@ -130,13 +156,13 @@ async def _be_hub(world_size: int) -> None:
     member = Member(
         0, world_size, _KnownDoor(server.port, server), timeout_s=_TIMEOUT_S
     )
-    _tell("simulated", world_size, await _measure(member))
+    _tell("simulated", world_size, await _agree(member))
     for helper in helpers:
         await helper.wait()
     await member.close()
 
 
-def _start_real(world_size: int) -> None:
+def _start_real(world_size: int, *root: str) -> None:
     """The processes of one job, on this machine."""
     environment = {
         **os.environ,
@@ -147,7 +173,7 @@ def _start_real(world_size: int) -> None:
     }
     jobs = [
         subprocess.Popen(
-            [*_SELF, "real"],
+            [*_SELF, "real", *root],
             env={**environment, "RANK": f"{rank}"},
         )
         for rank in range(world_size)
@@ -158,29 +184,42 @@ def _start_real(world_size: int) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Measures what is named, or is one of the processes that this needs."""
-    kind, *numbers = arguments
+    kind, *rest = arguments
     if kind == "real":
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
-        asyncio.run(_be_real())
+        asyncio.run(_be_real(Path(*rest) if rest else None))
         dist.destroy_process_group()
     elif kind == "members":
-        port, world_size, first, stop = map(int, numbers)
+        port, world_size, first, stop = map(int, rest)
         asyncio.run(_be_members(port, world_size, range(first, stop)))
     else:
-        for world_size in map(int, numbers):
-            if kind == "processes":
-                _start_real(world_size)
-            else:
-                asyncio.run(_be_hub(world_size))
+        _tell_all(arguments)
 
 
-def agreements(scale: Scale) -> Iterator[dict[str, float | str]]:
+def _tell_all(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="bench.ranks", description=__doc__)
+    parser.add_argument("kind", choices=["processes", "simulated", "commits"])
+    parser.add_argument("numbers", type=int, nargs="+", metavar="NUMBER")
+    parser.add_argument("--dir", type=Path, default=Path.cwd())
+    asked = parser.parse_args(arguments)
+    for world_size in asked.numbers:
+        if asked.kind == "simulated":
+            asyncio.run(_be_hub(world_size))
+        elif asked.kind == "processes":
+            _start_real(world_size)
+        else:
+            with tempfile.TemporaryDirectory(dir=asked.dir) as root:
+                _start_real(world_size, root)
+
+
+def agreements(scale: Scale, directory: Path) -> Iterator[dict[str, float | str]]:
     """What this program tells, run as one, at a scale."""
     real, simulated = _WORLD_SIZES[scale]
-    for kind, numbers in (("processes", real), ("simulated", simulated)):
-        command = [*_SELF, kind, *map(str, numbers)]
+    kinds = {"processes": real, "simulated": simulated, "commits": (1, *real)}
+    for kind, numbers in kinds.items():
+        command = [*_SELF, kind, *map(str, numbers), "--dir", f"{directory}"]
         told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         yield from map(json.loads, told.stdout.splitlines())
 

@@ -187,19 +187,27 @@ def _growth(results: Results, drawer: "_Drawer") -> str:
     return text
 
 
+_RANK_KINDS = {
+    "processes": "agreement of processes",
+    "simulated": "agreement, simulated",
+    "commits": "commit of processes",
+}
+
+
 def _ranks(results: Results) -> str:
     if not results.ranks:
         return ""
     rows = "".join(
-        f"| {line['kind']} | {line['ranks']} | {line['median_ms']:.2f} "
+        f"| {_RANK_KINDS[line['kind']]} | {line['ranks']} | {line['median_ms']:.2f} "
         f"({line['min_ms']:.2f}–{line['max_ms']:.2f}) | {line['median_cpu_ms']:.2f} |\n"
         for line in results.ranks
     )
     return (
-        "## Ranks\n\nOne agreement of all ranks, as each commit needs two; 50 of them. "
-        "All ranks share this machine's cores, so the time holds the work of all, one "
-        "after another.\n\n"
-        "| ranks | number | ms | processor time of rank 0, ms |\n|---|---:|---:|---:|\n"
+        "## Ranks\n\nOne agreement of all ranks, as each commit needs one; and whole "
+        "commits, of a written file of 4 KiB from every rank; 50 of each. All ranks "
+        "share this machine's cores, so the time holds the work of all, one after "
+        "another.\n\n"
+        "| what | ranks | ms | processor time of rank 0, ms |\n|---|---:|---:|---:|\n"
         f"{rows}\n"
     )
 

@@ -42,7 +42,7 @@ TOOLS = {
     14: "iptables and tc between two network namespaces",
     16: "a catalogue of files; hypothesis",
     17: "SIGKILL and errno, one after the other",
-    18: "loop images, tmpfs, ramfs, overlay",
+    18: "loop images, tmpfs, ramfs, overlay, FUSE",
     20: "aiockpt broken on purpose",
     21: "one process",
 }

@@ -10,6 +10,7 @@ from aiockpt.events import Written
 from aiockpt.testing.roots import assert_root_consistent
 from faults.matrix import Cases
 from faults.places import MIB, mkfs, mounted, on_a_loop, overlay
+from faults.user_space import mirror, needs_mfusepy
 from workloads import SMALL, Engine
 
 # Below, at and above a block, off every boundary, and one of several chunks.
@@ -26,6 +27,7 @@ PLACES = {
     "tmpfs": ("tmpfs", 0),
     "ramfs": ("ramfs", 0),
     "overlay": ("overlay", 0),
+    "FUSE": ("fuse", 0),
 }
 
 
@@ -39,6 +41,9 @@ def place(
         made = on_a_loop(tmp_path, sector_bytes, mkfs(kind, cases))
     elif kind == "overlay":
         made = overlay(tmp_path)
+    elif kind == "fuse":
+        needs_mfusepy(cases)
+        made = mirror(tmp_path)
     else:
         made = mounted(tmp_path / "mounted", "-t", kind, kind)
     with made as point:

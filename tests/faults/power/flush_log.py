@@ -11,17 +11,14 @@ import errno
 import os
 import stat
 import struct
-import subprocess
 import sys
-import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from faults.places import run_command
+from faults.user_space import served
 
-LIMIT_S = 30.0
 # Kind of the entry, offset in the image, length of the bytes that follow.
 _HEADER = struct.Struct("<cQQ")
 WRITE, FLUSH, MARK = b"W", b"F", b"M"
@@ -55,23 +52,8 @@ def read_log(path: Path) -> Iterator[Entry]:
 @contextlib.contextmanager
 def logged(image: Path, log: Path, point: Path) -> Generator[Path]:
     """A directory with `disk`, which is the image, and `marks`; the log is new."""
-    point.mkdir()
-    tests = Path(__file__).parents[2]
-    process = subprocess.Popen(
-        [sys.executable, __file__, image, log, point],
-        env={**os.environ, "PYTHONPATH": str(tests)},
-    )
-    try:
-        deadline_s = time.monotonic() + LIMIT_S
-        while not point.is_mount():
-            assert process.poll() is None, "the process of the disk has ended"
-            assert time.monotonic() < deadline_s, "the disk was not mounted"
+    with served(Path(__file__), image, log, at=point):
         yield point
-    finally:
-        if point.is_mount():
-            run_command("umount", point)
-        process.wait(LIMIT_S)
-        point.rmdir()
 
 
 # --- in the process of the disk ---------------------------------------------------

@@ -4,7 +4,6 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from faults.power.flush_log import logged, read_log
 from faults.power.oracle import Oracle, check_aiockpt, has_lost
 from faults.power.replay import Cut, Replay
 from faults.power.writers import Writers
+from faults.user_space import needs_mfusepy
 
 KINDS = ("ext4", "xfs", "btrfs")
 WAYS = {"direct": "aiockpt", "buffered": f"aiockpt{BUFFERED}"}
@@ -75,11 +75,7 @@ def bench(
     writers: Writers,
     memory: Path,
 ) -> Iterator[Bench]:
-    if find_spec("mfusepy") is None or not Path("/dev/fuse").exists():
-        reason = "a disk that logs needs mfusepy, libfuse and /dev/fuse"
-        if cases.is_long:
-            pytest.fail(reason)
-        pytest.skip(reason)
+    needs_mfusepy(cases)
     work = memory / f"flushes-{kind}"
     work.mkdir()
     yield Bench(kind, new_image(work / "base", make, IMAGE_MIB), work, writers)
