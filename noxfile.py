@@ -106,17 +106,20 @@ def faults(session: nox.Session) -> None:
         packages = "xfsprogs btrfs-progs libfuse2 strace iproute2 iptables"
         session.error(f"this needs root and {packages}; missing: {missing}")
     install(session, "dev")
-    session.install("mfusepy")
+    session.install("mfusepy", "atheris")
     begin = ("python", "tests/faults/report.py", "begin")
     results = str(session.run(*begin, silent=True)).strip()
     peers = ("python", "-m", "faults.peers", results)
     try:
         rows = ("tests/faults", "tests/hostile", *session.posargs)
-        session.run("pytest", *rows, "--faults", f"--faults-report={results}")
+        report = f"--faults-report={results}"
+        session.run("pytest", *rows, "--faults", report)
+        for target in FUZZ_TARGETS:
+            session.run("python", "tests/hostile/run_atheris.py", target, report)
         session.run(*peers, env={"PYTHONPATH": "tests"})
     finally:
-        report = ("tests/faults/report.py", "write", results, "docs/faults.md")
-        session.run("python", *report)
+        write = ("tests/faults/report.py", "write", results, "docs/faults.md")
+        session.run("python", *write)
 
 
 @nox.session

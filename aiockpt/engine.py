@@ -62,7 +62,7 @@ class SaveHandle:
         If cancelled: only the waiting ends.
         """
         runtime = self._runtime
-        await _follow(runtime, runtime.spawn(runtime.save_staged(self._save)))
+        await _follow(runtime, runtime.spawn(runtime.open_tags.save_staged(self._save)))
 
     async def written(self) -> None:
         """Returns when the file is complete and durable; not yet published.
@@ -72,7 +72,8 @@ class SaveHandle:
 
         If cancelled: only the waiting ends.
         """
-        await self._runtime.spawn(self._runtime.save_written(self._save)).wait()
+        work = self._runtime.open_tags.save_written(self._save)
+        await self._runtime.spawn(work).wait()
 
 
 class CheckpointEngine:
@@ -185,7 +186,7 @@ class CheckpointEngine:
         If cancelled: the tag is open or it is not; `abort` then tells.
         """
         options = TagOptions(is_overwrite=overwrite)
-        await self._runtime.spawn(self._runtime.create(tag, options)).wait()
+        await self._runtime.spawn(self._runtime.open_tags.create(tag, options)).wait()
 
     async def save(
         self,
@@ -297,9 +298,10 @@ class CheckpointEngine:
         """
         start = perf_counter()
         try:
-            await _follow(self._runtime, self._runtime.spawn(self._runtime.staged(tag)))
+            work = self._runtime.open_tags.staged(tag)
+            await _follow(self._runtime, self._runtime.spawn(work))
         finally:
-            self._runtime.add_stall(tag, perf_counter() - start)
+            self._runtime.open_tags.add_stall(tag, perf_counter() - start)
 
     def wait_staged(self) -> None:
         """Blocks the calling thread until all that is being staged may be changed.
@@ -405,7 +407,7 @@ class CheckpointEngine:
 
         If cancelled: what was begun is finished first.
         """
-        await self._runtime.spawn(self._runtime.abort(tag)).wait()
+        await self._runtime.spawn(self._runtime.open_tags.abort(tag)).wait()
 
     async def load(  # noqa: PLR0913 - the contract's signature
         self,
@@ -467,7 +469,8 @@ class CheckpointEngine:
             mmap=mmap,
             strict=strict,
         )
-        return await self._runtime.spawn(self._runtime.load(path, tag, options)).wait()
+        work = self._runtime.tag_loader.load(path, tag, options)
+        return await self._runtime.spawn(work).wait()
 
     async def load_bytes(
         self, path: str | os.PathLike[str], *, tag: str | None = None
@@ -480,7 +483,8 @@ class CheckpointEngine:
 
         If cancelled: reading ends soon, and nothing is returned.
         """
-        return await self._runtime.spawn(self._runtime.load_bytes(path, tag)).wait()
+        work = self._runtime.tag_loader.load_bytes(path, tag)
+        return await self._runtime.spawn(work).wait()
 
     async def load_latest_valid(
         self,
@@ -525,7 +529,7 @@ class CheckpointEngine:
             keys=keys,
             strict=strict,
         )
-        work = self._runtime.load_latest_valid(paths, options)
+        work = self._runtime.tag_loader.load_latest_valid(paths, options)
         return await self._runtime.spawn(work).wait()
 
     def open(

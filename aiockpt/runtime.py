@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any, ParamSpec, Self, TypeVar
 
 from aiockpt.access import FileAccess
-from aiockpt.agreement import Agreement, TagOptions, open_place
+from aiockpt.agreement import TagOptions
 from aiockpt.attempt import Attempt, Means
 from aiockpt.capture import capture
 from aiockpt.catalog import Catalog
@@ -35,6 +35,7 @@ from aiockpt.loader import Loader, LoadOptions
 from aiockpt.loop_thread import Call
 from aiockpt.machinery import Machinery
 from aiockpt.manifest import TagInfo, check_path, check_tag
+from aiockpt.open_tags import OpenTags
 from aiockpt.preemption import Preemption
 from aiockpt.preflight import Preflight, PreflightReport
 from aiockpt.ranks.base import Ranks
@@ -58,6 +59,8 @@ class Runtime:
 
     Attributes:
         root: The directory of the tags, absolute.
+        open_tags: Those that can be saved into.
+        tag_loader: Loads from published ones.
         preemption: Whether a signal asked for a last save.
         watcher: What waits for tags that others publish.
     """
@@ -98,11 +101,10 @@ class Runtime:
         )
         self.watcher = Watcher(storage, machinery.lookers)
         self.preemption = Preemption()
-        self._tag_loader = TagLoader(
+        self.tag_loader = TagLoader(
             self._catalog, machinery.loader, ranks, machinery.planners
         )
-        self._attempts: dict[str, Attempt] = {}
-        self._opening: set[str] = set()
+        self.open_tags = OpenTags(self._means)
         self._calls: set[Call[Any]] = set()
         self._is_closing = False
         _running.add(self)
@@ -192,7 +194,7 @@ class Runtime:
         """
         start = perf_counter()
         self.check_usable()
-        attempt = self._attempt(tag)
+        attempt = self.open_tags.get(tag)
         path = check_path(path, [f"{self.root}/{attempt.tag}"])
         replicas = group_of(self._ranks, replicated=replicated)
         try:
@@ -224,7 +226,7 @@ class Runtime:
 
     def _add(self, save: FileSave) -> None:
         try:
-            attempt = self._attempt(save.tag)
+            attempt = self.open_tags.get(save.tag)
             attempt.add(save, lambda: self.spawn(attempt.run(save)))
         except BaseException:
             self._machinery.gate.leave(save)
@@ -255,28 +257,11 @@ class Runtime:
     async def _save_before(self, timed: TimedSave, options: TagOptions) -> CommitReport:
         tag = timed.tag
         return await timed.run(
-            create=lambda: self.create(tag, options),
+            create=lambda: self.open_tags.create(tag, options),
             add=self._add,
             commit=lambda: self.commit(tag),
-            abort=lambda: self.abort_if_open(tag),
+            abort=lambda: self.open_tags.abort_if_open(tag),
         )
-
-    async def abort_if_open(self, tag: str) -> None:
-        """As `abort`; nothing happens where a commit that failed has closed the tag."""
-        if tag in self._attempts:
-            await self.abort(tag)
-
-    def _attempt(self, tag: str | None) -> Attempt:
-        # A copy: the engine's thread may change it meanwhile.
-        attempts = self._attempts.copy()
-        if tag is None and attempts:
-            return attempts[next(reversed(attempts))]
-        attempt = attempts.get(tag) if tag is not None else None
-        if attempt is None:
-            known = ", ".join(map(repr, attempts)) or "none"
-            what = "no tag is open" if tag is None else f"tag {tag!r} is not open"
-            raise EngineStateError(f"{what} (open: {known}): call `create` first")
-        return attempt
 
     def preempt_on(self, signals: tuple[int, ...]) -> None:
         """From now on, `preemption` notes these signals; in the main thread only."""
@@ -310,13 +295,7 @@ class Runtime:
             What to wait for where a device refuses that; else None.
         """
         refused = [save for save in saves if not save.follow()]
-        return self.spawn(self.fully_staged(refused)) if refused else None
-
-    def add_stall(self, tag: str | None, stall_s: float) -> None:
-        """Counts time that a caller was held against the tags that it waited for."""
-        for attempt in list(self._attempts.values()):
-            if tag in (None, attempt.tag):
-                attempt.stall_s += stall_s
+        return self.spawn(self.open_tags.fully_staged(refused)) if refused else None
 
     @property
     def ring_bytes(self) -> tuple[int, int]:
@@ -336,82 +315,12 @@ class Runtime:
         if self._ranks.rank == 0:
             await self._blocking(self._catalog.sweep_if_any)
 
-    async def create(self, tag: str, options: TagOptions) -> None:
-        """Opens a tag for saving, on all ranks."""
-        check_tag(tag)
-        if tag in self._attempts or tag in self._opening:
-            raise EngineStateError(f"tag {tag!r} is open already")
-        self._opening.add(tag)
-        try:
-            means = self._means
-            parts = means.ranks, means.catalog, means.planners, tag
-            place = await open_place(*parts, options)
-            agreement = Agreement(*parts, place, options)
-            self._attempts[tag] = Attempt(means, tag, agreement)
-        finally:
-            self._opening.remove(tag)
-
-    async def staged(self, tag: str | None) -> Sequence[FileSave]:
-        """Returns when everything saved so far (in `tag`) has been staged.
-
-        Or is being so by devices: of those files, which it returns, `follow` must be
-        called on the thread that is to change their tensors.
-        """
-        attempts = list(self._attempts.values())
-        if tag is not None:
-            attempts = [self._attempt(tag)]
-        saves = [save for attempt in attempts for save in attempt.saves]
-        await _begun(saves)
-        for attempt in attempts:
-            attempt.raise_if_failed()
-        return [save for save in saves if not save.staged.is_set()]
-
-    async def save_staged(self, save: FileSave) -> Sequence[FileSave]:
-        """Returns when one file has been staged, or is being so; as `staged`."""
-        await _begun([save])
-        self._raise_error_of(save)
-        return [] if save.staged.is_set() else [save]
-
-    async def fully_staged(self, saves: Sequence[FileSave]) -> None:
-        """Returns when no device is at any of the files any more."""
-        for save in saves:
-            await save.staged.wait()
-            self._raise_error_of(save)
-
-    async def save_written(self, save: FileSave) -> None:
-        """Returns when one file is complete and durable (not yet published)."""
-        await save.written.wait()
-        self._raise_error_of(save)
-
-    def _raise_error_of(self, save: FileSave) -> None:
-        if save.error is None:
-            return
-        attempt = self._attempts.get(save.tag)
-        if attempt is not None and save in attempt.saves:
-            attempt.raise_if_failed()
-        raise save.error
-
     async def commit(self, tag: str) -> CommitReport:
         """Publishes a tag: afterwards it is durable and any load can see it."""
-        attempt = self._attempt(tag)
-        await attempt.commit()
-        self._forget(attempt)
-        attempt.raise_if_failed()
+        attempt = await self.open_tags.commit(tag)
         assert attempt.report is not None
         self._spawn(self._tidy(attempt))
         return attempt.report
-
-    async def abort(self, tag: str) -> None:
-        """Drops a tag that has not been published, and its files."""
-        attempt = self._attempt(tag)
-        try:
-            await outlast(attempt.abort())
-        finally:
-            self._forget(attempt)
-
-    def _forget(self, attempt: Attempt) -> None:
-        if self._attempts.get(attempt.tag) is attempt:
-            del self._attempts[attempt.tag]
 
     async def _tidy(self, attempt: Attempt) -> None:
         """Removes what a commit made superfluous; failing is worth a warning only."""
@@ -430,28 +339,12 @@ class Runtime:
         except Exception as error:  # noqa: BLE001 - a policy is the user's code
             _logger.warning("old tags of %s remain: %s", self.root, error)
 
-    async def load(
-        self, path: str | os.PathLike[str], tag: str | None, options: LoadOptions
-    ) -> Any:
-        """What was saved as one file of a published tag."""
-        return await self._tag_loader.load(path, tag, options)
-
-    async def load_bytes(self, path: str | os.PathLike[str], tag: str | None) -> bytes:
-        """The bytes of one file of a published tag."""
-        return await self._tag_loader.load_bytes(path, tag)
-
-    async def load_latest_valid(
-        self, paths: Sequence[str | os.PathLike[str]], options: LoadOptions
-    ) -> tuple[str, list[Any]]:
-        """The newest tag from which all of `paths` load, and what they hold."""
-        return await self._tag_loader.load_latest_valid(paths, options)
-
     def access(
         self, path: str | os.PathLike[str], tag: str | None, options: LoadOptions
     ) -> FileAccess:
         """A file of a published tag, to be opened for reading tensors one by one."""
         options.check()
-        return FileAccess(self, self._tag_loader.opener(path, tag), options)
+        return FileAccess(self, self.tag_loader.opener(path, tag), options)
 
     @property
     def loader(self) -> Loader:
@@ -527,12 +420,8 @@ class Runtime:
         # Who waits for what others publish would wait for ever.
         await self.watcher.close()
         # A call that came before may yet open a tag, or be using the work area.
-        while self._attempts or self._calls:
-            for attempt in list(self._attempts.values()):
-                error = await attempt.close()
-                self._forget(attempt)
-                if error is not None:
-                    untold.append(error)
+        while self.open_tags or self._calls:
+            untold += await self.open_tags.close()
             for call in list(self._calls):
                 await call.ended()
         for close in (
@@ -561,13 +450,6 @@ class Runtime:
         """Blocks until the threads have ended."""
         if not self._is_sharing:
             self._machinery.join()
-
-
-async def _begun(saves: Sequence[FileSave]) -> None:
-    for save in saves:
-        save.hurry()
-    for save in saves:
-        await save.begun.wait()
 
 
 def raise_untold(errors: Sequence[CheckpointError]) -> None:

@@ -59,11 +59,11 @@ class SaveHandle:
     def staged(self) -> None:
         """Returns when every tensor of this file may be changed again."""
         runtime = self._runtime
-        _follow(runtime, runtime.spawn(runtime.save_staged(self._save)))
+        _follow(runtime, runtime.spawn(runtime.open_tags.save_staged(self._save)))
 
     def written(self) -> None:
         """Returns when the file is complete and durable; not yet published."""
-        self._runtime.spawn(self._runtime.save_written(self._save)).result()
+        self._runtime.spawn(self._runtime.open_tags.save_written(self._save)).result()
 
 
 class CheckpointEngine:
@@ -127,7 +127,7 @@ class CheckpointEngine:
     def create(self, tag: str, *, overwrite: bool = False) -> None:
         """Opens a tag for saving; readers see nothing of it until `commit`."""
         options = TagOptions(is_overwrite=overwrite)
-        self._runtime.spawn(self._runtime.create(tag, options)).result()
+        self._runtime.spawn(self._runtime.open_tags.create(tag, options)).result()
 
     def save(
         self,
@@ -175,9 +175,10 @@ class CheckpointEngine:
         """Returns when all that was saved (in `tag`) may be changed again."""
         start = perf_counter()
         try:
-            _follow(self._runtime, self._runtime.spawn(self._runtime.staged(tag)))
+            work = self._runtime.open_tags.staged(tag)
+            _follow(self._runtime, self._runtime.spawn(work))
         finally:
-            self._runtime.add_stall(tag, perf_counter() - start)
+            self._runtime.open_tags.add_stall(tag, perf_counter() - start)
 
     def wait_staged(self) -> None:
         """Blocks until all that is being staged has been; leaves errors to `commit`."""
@@ -219,7 +220,7 @@ class CheckpointEngine:
 
     def abort(self, tag: str) -> None:
         """Drops an open tag: nothing is published and nothing stays on the disk."""
-        self._runtime.spawn(self._runtime.abort(tag)).result()
+        self._runtime.spawn(self._runtime.open_tags.abort(tag)).result()
 
     def load(  # noqa: PLR0913 - the contract's signature
         self,
@@ -244,13 +245,15 @@ class CheckpointEngine:
             mmap=mmap,
             strict=strict,
         )
-        return self._runtime.spawn(self._runtime.load(path, tag, options)).result()
+        work = self._runtime.tag_loader.load(path, tag, options)
+        return self._runtime.spawn(work).result()
 
     def load_bytes(
         self, path: str | os.PathLike[str], *, tag: str | None = None
     ) -> bytes:
         """Returns the bytes of a file of a published tag (by default the latest)."""
-        return self._runtime.spawn(self._runtime.load_bytes(path, tag)).result()
+        work = self._runtime.tag_loader.load_bytes(path, tag)
+        return self._runtime.spawn(work).result()
 
     def load_latest_valid(
         self,
@@ -269,7 +272,7 @@ class CheckpointEngine:
             keys=keys,
             strict=strict,
         )
-        work = self._runtime.load_latest_valid(paths, options)
+        work = self._runtime.tag_loader.load_latest_valid(paths, options)
         return self._runtime.spawn(work).result()
 
     def open(

@@ -223,7 +223,7 @@ async def an_aborted_tag_keeps_its_chunks_until_devices_have_done_with_them(
         aborting = asyncio.create_task(engine.abort("a"))
         try:
             # The attempt fails first of all, and then waits for its saves.
-            attempt = engine._runtime._attempts["a"]
+            attempt = engine._runtime.open_tags._attempts["a"]
             await until(lambda: attempt.failure is not None)
             await engine._runtime.spawn(turns(100)).wait()
             assert leased_bytes > 0

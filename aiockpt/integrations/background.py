@@ -62,7 +62,7 @@ class BackgroundTags:
         self.drain()
         options = TagOptions(is_overwrite=True)
         try:
-            self._runtime.spawn(self._runtime.create(tag, options)).result()
+            self._runtime.spawn(self._runtime.open_tags.create(tag, options)).result()
             with tempfile.TemporaryDirectory(prefix="aiockpt-") as directory:
                 with self._handed_over(directory, tag, list(changing)):
                     yield directory
@@ -99,7 +99,7 @@ class BackgroundTags:
 
     def _abort(self, tag: str, error: BaseException) -> None:
         try:
-            self._runtime.spawn(self._runtime.abort_if_open(tag)).result()
+            self._runtime.spawn(self._runtime.open_tags.abort_if_open(tag)).result()
         except CheckpointError as lost:
             error.add_note(f"and on dropping tag {tag!r}: {lost}")
 

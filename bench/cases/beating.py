@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from time import perf_counter
 
 from bench.cases.base import Case, Cell
-from bench.cases.saving import DCP_THREAD, OURS, TORCH
+from bench.cases.saving import DCP_STAGED, DCP_THREAD, OURS, TORCH
 from bench.contenders.ours import OurEngine
 from bench.sessions import Bench
 from bench.workloads import GIB, Scale, Workload
 
 _BEAT_S = 0.001
 _IN_THREAD = "torch.save + fsync in a thread"
+_AWAITED = "torch.save + fsync, asyncio.to_thread"
 
 
 class _Heart:
@@ -80,7 +81,7 @@ def _cells(scale: Scale) -> Sequence[Cell]:
     workload = Workload(scale.size(4 * GIB), scale.number(300))
     small = Workload(scale.size(1 * GIB), scale.number(300))
     idle = {"idle_s": scale.seconds(1.0)}
-    peers = (OURS, DCP_THREAD, _IN_THREAD, TORCH)
+    peers = (OURS, DCP_THREAD, DCP_STAGED, _AWAITED, _IN_THREAD, TORCH)
     return [
         Cell("4 GiB", workload, (OURS,), scale.repeats(5), settings=idle),
         Cell("1 GiB", small, peers, scale.repeats(3), settings=idle),

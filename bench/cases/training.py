@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bench.cases.base import Case, Cell
-from bench.cases.saving import DCP_PROCESS, DCP_THREAD, META
+from bench.cases.saving import DCP_PROCESS, DCP_STAGED, DCP_THREAD, META
 from bench.contenders.base import Options
 from bench.sessions import Bench, ContenderError
 from bench.workloads import GIB, Scale, Workload, flatten
@@ -164,12 +164,14 @@ def _count_for(is_over: Callable[[float], bool], seconds: float) -> float:
 
 def _step_cells(scale: Scale) -> Sequence[Cell]:
     workload = Workload(scale.size(1 * GIB), scale.number(300))
-    contenders = (_OURS, DCP_THREAD, DCP_PROCESS, _IN_THREAD, META)
+    contenders = (_OURS, DCP_THREAD, DCP_PROCESS, DCP_STAGED, _IN_THREAD, META)
     return [
         Cell(
             name,
             workload,
-            contenders if num_threads == 1 else (_OURS, DCP_THREAD, _IN_THREAD),
+            contenders
+            if num_threads == 1
+            else (_OURS, DCP_THREAD, DCP_STAGED, _IN_THREAD),
             scale.repeats(5 if num_threads == 1 else 3),
             options=Options(ring_gib=workload.nbytes / GIB + 0.25),
             settings={"plain_s": scale.seconds(1.0), "num_threads": num_threads},

@@ -1,6 +1,6 @@
 """`torch.distributed.checkpoint`, with its own writer, in one process."""
 
-__all__ = ["InProcess", "InThread", "Synchronous"]
+__all__ = ["InProcess", "InThread", "Staged", "Synchronous"]
 
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -73,6 +73,8 @@ class InThread(Synchronous):
     name = "DCP async_save, thread"
     is_grouped = True
     kind: ClassVar[str] = "thread"
+    # None: one of its own for each call, which copies before the call returns.
+    stager: Any = None
 
     @override
     def save(self, state: State, tag: str) -> Saving:
@@ -84,6 +86,7 @@ class InThread(Synchronous):
             dict(state),
             checkpoint_id=path,
             async_checkpointer_type=AsyncCheckpointerType(f"{self.kind}"),
+            async_stager=self.stager,
         )
         return _Uploading(saving, path)
 
@@ -93,6 +96,34 @@ class InProcess(InThread):
 
     name = "DCP async_save, process"
     kind = "process"
+
+
+class Staged(InThread):
+    """`dcp.async_save` with a stager that is kept, and copies in a thread.
+
+    The copies' memory is used again from save to save.
+    """
+
+    name = "DCP async_save, staged in a thread"
+
+    @override
+    def setup(self, directory: Path, options: Options) -> None:
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        super().setup(directory, options)
+        self.stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=False,
+                use_shared_memory=False,
+                use_async_staging=True,
+                use_non_blocking_copy=False,
+            )
+        )
+
+    @override
+    def teardown(self) -> None:
+        self.stager.close()
+        super().teardown()
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,21 @@
 __all__ = ["Plain", "Synced"]
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from typing_extensions import override
 
-from bench.contenders.base import Contender, Done, Saving, State, copied_into, sync_tree
+from bench.contenders.base import (
+    Contender,
+    Done,
+    Options,
+    Saving,
+    State,
+    copied_into,
+    sync_tree,
+)
 
 _FILE = "model.safetensors"
 
@@ -20,6 +29,13 @@ class Synced(Contender):
     durability = "fsync of file and directory"
     package = "safetensors"
     is_lazy = True
+
+    @override
+    def setup(self, directory: Path, options: Options) -> None:
+        # Imported here, so that no load pays for it.
+        import safetensors.torch  # noqa: F401
+
+        super().setup(directory, options)
 
     @override
     def save(self, state: State, tag: str) -> Saving:

@@ -48,6 +48,17 @@ class Managed(Contender):
             save=saver,
             storage_config=LocalFileSystemStorageConfig(use_direct_io=False),
         ).build()
+        # It starts a process, which is still importing torch: not in a measured time.
+        self._manager._saver._checkpoint_process.wait_for_init()  # noqa: SLF001
+        self._is_warm = False
+
+    @override
+    def begin_training(self, state: State) -> None:
+        if not self._is_warm:
+            self._manager.prewarm_staging({"state": dict(state)})
+            # The next save would wait for it.
+            self._manager._prewarm_staging_future.result()  # noqa: SLF001
+            self._is_warm = True
 
     @override
     def open_tag(self, tag: str) -> None:

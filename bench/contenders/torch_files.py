@@ -1,7 +1,16 @@
 """`torch.save` and `torch.load`, and those who do it in a thread."""
 
-__all__ = ["InThread", "Lightning", "Mmapped", "Plain", "Synced"]
+__all__ = [
+    "Awaited",
+    "InThread",
+    "Lightning",
+    "Mmapped",
+    "Plain",
+    "Synced",
+    "Unsummed",
+]
 
+import asyncio
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -75,6 +84,27 @@ class Mmapped(Synced):
     name = "torch.save + fsync, mmap"
     is_mapped = True
     is_lazy = True
+
+
+class Unsummed(Synced):
+    """`torch.save` without the CRC-32 that it writes for each record."""
+
+    name = "torch.save without CRC-32 + fsync"
+
+    @override
+    def setup(self, directory: Path, options: Options) -> None:
+        super().setup(directory, options)
+        torch.serialization.set_crc32_options(compute_crc32=False)
+
+
+class Awaited(Synced):
+    """All of it in a thread that an asyncio program waits for; nothing is copied."""
+
+    name = "torch.save + fsync, asyncio.to_thread"
+
+    @override
+    async def save_on_loop(self, state: State, tag: str) -> None:
+        await asyncio.to_thread(self.save, state, tag)  # noqa: TID251 - what is measured
 
 
 class InThread(Synced):

@@ -30,6 +30,13 @@ class Synchronous(Contender):
     package = "torchsnapshot"
 
     @override
+    def setup(self, directory: Path, options: Options) -> None:
+        # Imported here, so that no load pays for it.
+        import torchsnapshot  # noqa: F401
+
+        super().setup(directory, options)
+
+    @override
     def save(self, state: State, tag: str) -> Saving:
         from torchsnapshot import Snapshot
 

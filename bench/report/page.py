@@ -35,8 +35,13 @@ _METHOD = """\
   ratios are those of the same repeat.
 - Bytes are compared with what was to be saved after every measurement.
 - Durability is equal: who does not sync gets an fsync of files and directories added to
-  the measured time, and the name says so.
-- Loads are cold: caches are dropped, and every load has a new process.
+  the measured time, and the name, or the list of contenders, says so.
+- One save of each process comes before those that are counted (none where the state is
+  8 GiB). aiockpt's ring has its memory from then on; contenders that copy the state
+  take memory for that anew with each save, unless they keep it themselves. First saves
+  are under *Stall*.
+- Loads are cold unless they say otherwise: caches are dropped, and every load has a new
+  process.
 - The state lies once in shared memory, and all contenders save that. Extra memory is
   the high-water mark above the process before the contender was set up.
 - Absolute times of this machine mean little elsewhere; the ratios are what counts.

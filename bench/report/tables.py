@@ -123,7 +123,7 @@ SECTIONS = [
         "Durable throughput",
         "From the call of save until data, metadata and directories are on stable "
         "storage. *Raw* writes as many bytes with `O_DIRECT`, one 8 MiB write after "
-        "the other, and syncs.",
+        "the other, and syncs: a yardstick, and no upper limit on every disk.",
         _SAVED,
         _DURABLE,
     ),
@@ -142,8 +142,11 @@ SECTIONS = [
         "stall",
         "Stall",
         "How long the trainer is held: inside the save call, and, after a step in "
-        "between, waiting for its tensors to be free again. *First* is the first save "
-        "of a process. With a ring smaller than the state, staging goes at the pace "
+        "between, waiting for its tensors to be free again. The step is a pause of a "
+        "second in which the trainer uses no processor, as with a GPU; steps that do "
+        "are further down. *First* is the first save of a process. DCP's stager copies "
+        "into fresh memory before `async_save` returns, unless one is given that is "
+        "kept and copies in a thread; torch_checkpointing's has been warmed up. With a ring smaller than the state, staging goes at the pace "
         "of the disk, and a step that is shorter than the write waits for the rest.",
         [
             _STALL,
@@ -190,9 +193,9 @@ SECTIONS = [
     Section(
         "gap",
         "Event loop",
-        "The longest time between two beats of a 1 ms heartbeat. DCP's `async_save` "
-        "and `torch.save` are called on the loop, as a program would that follows "
-        "their documentation.",
+        "The longest time between two beats of a 1 ms heartbeat. Calls that are not "
+        "said to be in a thread are made on the loop. With `asyncio.to_thread` nothing "
+        "is copied: the program must not train until it returns.",
         [
             Column("idle, p99, ms", _own("idle_p99_s", 1e3)),
             Column("idle, longest, ms", _own("idle_max_s", 1e3)),
@@ -208,7 +211,9 @@ SECTIONS = [
         "Load",
         "From the call until every byte can be used, cold cache, a new process each "
         "time. Whoever maps the file is charged for touching every page. aiockpt "
-        "verifies checksums, the others have none.",
+        "verifies checksums; the others do not (files of `torch.save` have them). "
+        "*Right after the save* the page cache is as the save has left it: aiockpt "
+        "writes around it, so that its file comes from the disk all the same.",
         _LOADED,
         _LOAD_S,
     ),
@@ -230,9 +235,10 @@ SECTIONS = [
     Section(
         "commit",
         "What a commit costs",
-        "Files of 4 KiB, from the last write to the published tag. Raw is one file "
-        "written, synced and renamed, and its directory synced. `torch.save` has no "
-        "commit: its time is that of writing and syncing the files one by one.",
+        "Files of 4 KiB, from when all are written and synced to the published tag. Raw "
+        "is one file written, synced and renamed, and its directory synced. "
+        "`torch.save` has no commit, only the whole: files are written, then synced, "
+        "one by one.",
         [
             _COMMIT,
             Column("of raw", lambda c, n: c.ratio(n, Writing.name, "commit_s")),

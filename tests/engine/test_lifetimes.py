@@ -93,7 +93,7 @@ async def test_a_commit_does_not_wait_for_a_save_that_was_refused(root, monkeypa
 
 
 def attempt_of(runtime: Runtime, tag: str) -> Attempt:
-    return runtime._attempts[tag]
+    return runtime.open_tags._attempts[tag]
 
 
 async def test_what_was_loaded_goes_when_the_caller_lets_go_of_it(root):

@@ -73,7 +73,7 @@ def save_in_time(engine: Engine, tag: str, seed: int) -> None:
 def save_among_files_of_others(engine: Engine, tag: str, seed: int) -> None:
     """Overwrites a tag; what others put into its directory stays in it."""
     options = TagOptions(is_overwrite=True, adopts=True)
-    engine._runtime.spawn(engine._runtime.create(tag, options)).result()
+    engine._runtime.spawn(engine._runtime.open_tags.create(tag, options)).result()
     engine.save(state(seed), "model.pt")
     engine.save({"seed": seed}, "sub/opt.pt")
     engine.commit(tag)

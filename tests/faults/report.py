@@ -40,7 +40,7 @@ TOOLS = {
     12: "calls intercepted; fsfreeze, blkio, SIGSTOP",
     13: "processes, threads and tasks",
     14: "iptables and tc between two network namespaces",
-    16: "a catalogue of files; hypothesis",
+    16: "a catalogue of files; hypothesis; atheris",
     17: "SIGKILL and errno, one after the other",
     18: "loop images, tmpfs, ramfs, overlay, FUSE",
     20: "aiockpt broken on purpose",

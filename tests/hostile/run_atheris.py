@@ -2,11 +2,14 @@
 
 The corpus is made of the target's seeds, in a directory that is removed again. The
 exit status is that of libFuzzer: 0 if nothing was found; else the traceback and the
-input that led to it are printed.
+input that led to it are printed. With `--faults-report PATH` the inputs that were tried
+are added to the counts of the fault matrix there.
 """
 
 import argparse
+import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,7 @@ def main() -> int:
     parser.add_argument("target")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--corpus", help="where libFuzzer works; for the process below")
+    parser.add_argument("--faults-report", type=Path, metavar="PATH")
     options = parser.parse_args()
     if options.corpus is not None:
         fuzz(options.target, options.seconds, options.corpus)
@@ -29,7 +33,26 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as corpus:
         command = [sys.executable, __file__, options.target]
         command += ["--seconds", str(options.seconds), "--corpus", corpus]
-        return subprocess.run(command, check=False).returncode
+        done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
+    sys.stderr.write(done.stderr)
+    if options.faults_report is not None:
+        with options.faults_report.open("a", encoding="utf-8") as report:
+            print(json.dumps(counted(options.target, done)), file=report)
+    return done.returncode
+
+
+def counted(name: str, done: "subprocess.CompletedProcess[str]") -> dict[str, object]:
+    """The inputs that were tried, as a line of the fault matrix."""
+    told = re.search(r"number_of_executed_units:\s*(\d+)", done.stderr)
+    num_tried = int(told[1]) if told else 0
+    return {
+        "row": 16,
+        "name": "hostile files",
+        "fault": f"fuzzed by atheris, {name}",
+        "cases": num_tried,
+        "survived": num_tried - (done.returncode != 0),
+        "run": "long",
+    }
 
 
 def fuzz(name: str, seconds: int, directory: str) -> None:

@@ -181,7 +181,7 @@ class CheckpointEngine:
     async def _open(self, tag: OpenTag, root: str) -> None:
         runtime = self._roots.enter(root)
         try:
-            await runtime.create(tag.tag, tag.options)
+            await runtime.open_tags.create(tag.tag, tag.options)
         except BaseException:
             await self._roots.leave(root)
             raise
@@ -210,7 +210,7 @@ class CheckpointEngine:
                 if root in verdict.used:
                     await runtime.commit(tag.tag)
                 else:
-                    await runtime.abort(tag.tag)
+                    await runtime.open_tags.abort(tag.tag)
             if verdict.has_singles:
                 await self._publish_singles(tag)
         except BaseException:
@@ -255,7 +255,7 @@ class CheckpointEngine:
         for runtime in tag.runtimes.values():
             # It is not open there if its own commit failed, or has published it.
             with contextlib.suppress(EngineStateError):
-                await runtime.abort(tag.tag)
+                await runtime.open_tags.abort(tag.tag)
         for single in tag.singles:
             await single.discard()
 
