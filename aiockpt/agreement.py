@@ -9,6 +9,7 @@ is the commit point, and what the others showed is taken back if it fails.
 
 __all__ = ["Agreement", "Share", "TagOptions", "open_place"]
 
+import asyncio
 import contextlib
 import itertools
 import logging
@@ -206,6 +207,9 @@ class Agreement:
         self._tag = tag
         self._options = options
         self._is_too_late = False
+        self._is_publishing = False
+        self._has_spoken = False
+        self._is_kept = False
         self._refusal: Exception | None = None
         self._shares: list[Share] = []
         self._start_s = 0.0
@@ -214,6 +218,24 @@ class Agreement:
     def is_publisher(self) -> bool:
         """Whether this rank is the one that publishes in its root."""
         return self._ranks.rank == self.place.number
+
+    @property
+    def is_publishing(self) -> bool:
+        """Whether `publish` is under way, and has the last word on the attempt."""
+        return self._is_publishing
+
+    @property
+    def may_discard(self) -> bool:
+        """Whether nobody can be publishing what has been made in the place.
+
+        As long as this rank has not said what it has, no rank publishes anything. From
+        there on only the place's own publisher knows, when its `publish` has ended:
+        another rank may have been told of a failure (it lost rank 0, say) while rank 0
+        goes on, and where a tag is overwritten the directory then holds the old one.
+        """
+        if not self._has_spoken:
+            return True
+        return self.is_publisher and not (self._is_publishing or self._is_kept)
 
     async def refuse(self, error: Exception, phase: str) -> Exception | None:
         """Lets no rank publish this attempt.
@@ -245,16 +267,26 @@ class Agreement:
         if self._refusal is not None:
             # That was this rank's word: a second one would never be answered.
             raise self._refusal
+        self._has_spoken = self._is_publishing = True
+        try:
+            return await self._publish(share)
+        finally:
+            self._is_publishing = False
+
+    async def _publish(self, share: Share) -> CommitReport | None:
         self._start_s = perf_counter()
         share = _placed(share, self.place.number)
         # Alone, there is nobody to wait for.
         self._is_too_late = self._ranks.world_size == 1
         try:
             verdict = await self._consult("commit", _encode(share), self._decide)
+        except asyncio.CancelledError:
+            self._has_spoken = False  # The word has been withdrawn.
+            raise
         except PeerError as error:
             await finish(self._tell_outcome(error))  # noqa: ASYNC120 - a cancellation tells more
             raise
-        self._is_too_late = not verdict.is_empty
+        self._is_too_late = self._has_spoken = not verdict.is_empty
         if verdict.report is None and not verdict.is_empty:
             verdict = await finish(self._publish_places())
         return verdict.report
@@ -316,8 +348,10 @@ class Agreement:
         try:
             return await self._consult("show", b"", decide)
         except Exception as error:
-            # Where nobody knows whether rank 0 has published, the tag must stay.
-            if manifest is not None and not _is_undecided(error):
+            # Where nobody knows whether rank 0 has published, the tag must stay; and so
+            # must the one that it has replaced.
+            self._is_kept = _is_undecided(error)
+            if manifest is not None and not self._is_kept:
                 await self._retract(manifest)  # noqa: ASYNC120 - a cancellation tells more
             raise
 

@@ -169,7 +169,7 @@ class Attempt:
                 await self._save(save)
             else:
                 save.error = self.failure
-                await self.refuse_together(save.path, save.replicas)
+                await self.refuse_together(save.path, save.replicas, self.failure)
         except asyncio.CancelledError:
             save.error = self.failure
             raise
@@ -192,15 +192,15 @@ class Attempt:
             )
             raise InvalidArgumentError(message) from error
 
-    async def refuse_together(self, path: str, replicas: Sequence[int]) -> None:
+    async def refuse_together(
+        self, path: str, replicas: Sequence[int], error: CheckpointError
+    ) -> None:
         """Sees to it that no rank waits for this one to save a file with it.
-
-        Does nothing where this one has not failed.
 
         If cancelled: it is finished first.
         """
-        if replicas and self.failure is not None:
-            await self._together(replicas).refuse(path, self.failure)
+        if replicas:
+            await self._together(replicas).refuse(path, self.failure or error)
 
     def _together(self, replicas: Sequence[int]) -> ReplicaSaver:
         return ReplicaSaver(
@@ -217,7 +217,10 @@ class Attempt:
         await self._fail(told if isinstance(told, CheckpointError) else error, path)
 
     async def _fail(self, error: CheckpointError, path: str | None) -> None:
-        """Ends the attempt: its other saves stop, and the disk is given back."""
+        """Ends the attempt: its other saves stop, and the disk is given back.
+
+        By this rank, or by the one that can tell that nobody is publishing it.
+        """
         self.failure = error
         self._means.emit(Failed(self.tag, path, error))
         tasks = set(self._tasks)
@@ -225,7 +228,8 @@ class Attempt:
             task.cancel()
         while tasks:
             _, tasks = await asyncio.wait(tasks)
-        await self.discard_files()
+        if self._agreement.may_discard:
+            await self.discard_files()
 
     @property
     def is_publisher(self) -> bool:
@@ -335,13 +339,20 @@ class Attempt:
             # A commit that waits for files or ranks then finds the attempt failed. One
             # that is publishing is not disturbed.
             told = await self._agreement.refuse(aborted, "abort")
-            # A commit that was told the same may have been first to end it.
-            if told is not None and self.failure is None:
+            # A commit that was told the same may have been first to end it. One that
+            # is at it still ends it: rank 0's may yet be busy in the directory.
+            is_told = told is not None and not self._agreement.is_publishing
+            if is_told and self.failure is None:
                 await self._fail(aborted, None)
         self.is_reported = True
         async with self._ending:
             if self.report is not None:
                 raise EngineStateError(f"tag {self.tag!r} has been published already")
+            if self.failure is None:
+                # The commit was withdrawn meanwhile.
+                await self._fail(
+                    EngineStateError(f"tag {self.tag!r} was aborted"), None
+                )
 
     async def close(self) -> CheckpointError | None:
         """Lets a commit under way finish, else aborts; what no caller was told of."""

@@ -13,6 +13,7 @@ directory is the one commit point. Everything here blocks: call it in a worker.
 __all__ = ["Catalog"]
 
 import contextlib
+import errno
 import logging
 import secrets
 import time
@@ -183,6 +184,7 @@ class Catalog(TagReader):
             StorageError: A step failed. Before the rename nothing is visible.
         """
         storage = self._storage
+        self._check_written(directory, [each for each in files if each.place == place])
         for path in reversed(subdirectories):
             storage.sync_dir(f"{directory}/{path}")
         with self._changing_tags():
@@ -229,6 +231,15 @@ class Catalog(TagReader):
             if adopts and is_swap:
                 adopt_late(storage, directory, tag, known)
         return manifest
+
+    def _check_written(self, directory: str, entries: Sequence[FileEntry]) -> None:
+        """Returns if the files are there, and whole: a manifest makes them a tag."""
+        for entry in entries:
+            path = f"{directory}/{entry.path}"
+            stamp = self._storage.stamp(path)
+            if stamp is None or stamp.identity[-1] != entry.nbytes:
+                full = f"{self._storage.root}/{path}"
+                raise StorageError(errno.ENOENT, "it is not there as written", full)
 
     def _write_manifest(self, manifest: Manifest, directory: str) -> None:
         storage = self._storage

@@ -203,9 +203,9 @@ class Runtime:
             save.replicas = replicas
             save.started_s = start
             self._add(save)
-        except CheckpointError:
+        except CheckpointError as error:
             if replicas:
-                self._spawn(attempt.refuse_together(path, replicas))
+                self._spawn(attempt.refuse_together(path, replicas, error))
             raise
         save.stall_s += perf_counter() - start
         return save
@@ -468,11 +468,11 @@ _running: set[Runtime] = set()
 def _close_all() -> None:
     """Drains the engines that nobody closed, and says what was lost."""
     for runtime in list(_running):
-        call = None if runtime.is_forked else runtime.begin_close()
-        if call is None:
-            continue
-        _logger.warning("the engine for %s was never closed", runtime.root)
         try:
+            call = None if runtime.is_forked else runtime.begin_close()
+            if call is None:
+                continue
+            _logger.warning("the engine for %s was never closed", runtime.root)
             for error in call.result():
                 _logger.error("lost at exit: %s", error)
         except Exception:

@@ -10,6 +10,8 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from typing import Any
 
+import msgspec
+
 from aiockpt.catalog import Catalog
 from aiockpt.errors import (
     CheckpointError,
@@ -20,7 +22,7 @@ from aiockpt.errors import (
     PeerError,
 )
 from aiockpt.loader import Loader, LoadOptions, Opened
-from aiockpt.manifest import FileEntry
+from aiockpt.manifest import FileEntry, Manifest
 from aiockpt.ranks.base import Ranks
 from aiockpt.storage.base import ReadFile
 from aiockpt.threads import outlast, run_blocking
@@ -28,6 +30,9 @@ from aiockpt.threads import outlast, run_blocking
 _logger = logging.getLogger(__name__)
 
 _Path = str | os.PathLike[str]
+# A tag, and the attempt that has published it. Roots of several nodes can have a tag
+# of one name from different attempts: an overwrite that was cut short.
+_Commit = tuple[str, str]
 
 
 class TagLoader:
@@ -42,12 +47,14 @@ class TagLoader:
         self._ranks = ranks
         self._planners = planners
 
-    def opener(self, path: _Path, tag: str | None) -> Callable[[], Opened]:
-        """What opens a file of a tag, in a worker."""
-        return functools.partial(self._open, path, tag)
+    def opener(
+        self, path: _Path, tag: str | None, attempt: str | None = None
+    ) -> Callable[[], Opened]:
+        """What opens a file of a tag (of an attempt), in a worker."""
+        return functools.partial(self._open, path, tag, attempt)
 
-    def _open(self, path: _Path, tag: str | None) -> Opened:
-        file, entry = self._catalog.open_file(path, tag)
+    def _open(self, path: _Path, tag: str | None, attempt: str | None) -> Opened:
+        file, entry = self._catalog.open_file(path, tag, attempt)
         return file, entry.crc32
 
     async def load(self, path: _Path, tag: str | None, options: LoadOptions) -> Any:
@@ -55,27 +62,29 @@ class TagLoader:
 
         Where no tag is given, all ranks must call this: they load from the same.
         """
-        tag = await self._common_tag(path, tag)
-        return await self._loader.load(self.opener(path, tag), options)
+        commit = await self._common_commit(path, tag)
+        return await self._loader.load(self.opener(path, *commit), options)
 
     async def load_bytes(self, path: _Path, tag: str | None) -> bytes:
         """The bytes of one file of a published tag; as `load`."""
-        tag = await self._common_tag(path, tag)
-        return await self._loader.load_bytes(self.opener(path, tag))
+        commit = await self._common_commit(path, tag)
+        return await self._loader.load_bytes(self.opener(path, *commit))
 
-    async def _common_tag(self, path: object, tag: str | None) -> str | None:
+    async def _common_commit(
+        self, path: object, tag: str | None
+    ) -> tuple[str | None, str | None]:
         is_given = tag is not None or str(path).startswith("/")
         if is_given or self._ranks.world_size == 1:
-            return tag
+            return tag, None
 
         async def decide(_words: Sequence[bytes]) -> bytes:
-            latest = await run_blocking(self._planners, self._catalog.latest)
-            return (latest or "").encode()
+            latest = await run_blocking(self._planners, self._catalog.latest_commit)
+            return _encode([] if latest is None else [latest])
 
-        latest = (await self._ranks.consult("latest", b"", decide)).decode()
-        if not latest:
+        told = _decode(await self._ranks.consult("latest", b"", decide))
+        if not told:
             raise CheckpointNotFoundError("nothing is published in the root of rank 0")
-        return latest
+        return told[0]
 
     async def load_latest_valid(
         self, paths: Sequence[_Path], options: LoadOptions
@@ -97,9 +106,9 @@ class TagLoader:
             what = "one path, to fill targets from" if paths else "at least one path"
             raise InvalidArgumentError(f"give {what}")
         skipped: list[str] = []
-        for tag in await self._candidates():
+        for tag, attempt in await self._candidates():
             try:
-                states, fault = await self._load_all(paths, tag, options)
+                states, fault = await self._load_all(paths, (tag, attempt), options)
                 text = await self._faults_of_all(tag, fault)
             except BaseException as error:
                 # A `PeerError` is what all ranks were told.
@@ -114,22 +123,23 @@ class TagLoader:
         text = "\n  ".join(["no tag can be loaded:", *skipped])
         raise CheckpointNotFoundError(text)
 
-    async def _candidates(self) -> list[str]:
+    async def _candidates(self) -> list[_Commit]:
         async def decide(_words: Sequence[bytes]) -> bytes:
-            tags = await run_blocking(self._planners, self._catalog.latest_first)
-            return "/".join(tags).encode()
+            return _encode(
+                await run_blocking(self._planners, self._catalog.latest_first)
+            )
 
-        tags = (await self._ranks.consult("candidates", b"", decide)).decode()
-        return tags.split("/") if tags else []
+        return _decode(await self._ranks.consult("candidates", b"", decide))
 
     async def _load_all(
-        self, paths: Sequence[_Path], tag: str, options: LoadOptions
+        self, paths: Sequence[_Path], commit: _Commit, options: LoadOptions
     ) -> tuple[list[Any], CheckpointError | None]:
         """What `paths` of a tag hold, or what is wrong with one of them."""
+        tag, attempt = commit
         with ExitStack() as stack:
             try:
                 opened = await run_blocking(
-                    self._planners, self._catalog.open_files, paths, tag
+                    self._planners, self._catalog.open_files, paths, tag, attempt
                 )
             except (CorruptCheckpointError, CheckpointNotFoundError) as error:
                 return [], error
@@ -157,6 +167,14 @@ class TagLoader:
 
         word = str(fault or "").encode()
         return (await self._ranks.consult(f"valid {tag}", word, decide)).decode()
+
+
+def _encode(manifests: Sequence[Manifest]) -> bytes:
+    return msgspec.json.encode([(each.tag, each.attempt) for each in manifests])
+
+
+def _decode(verdict: bytes) -> list[_Commit]:
+    return msgspec.json.decode(verdict, type=list[_Commit])
 
 
 def _opened(file: ReadFile, entry: FileEntry) -> Callable[[], Opened]:

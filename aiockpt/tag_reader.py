@@ -124,7 +124,11 @@ class TagReader:
         manifest = self._latest()
         return manifest.tag if manifest is not None else None
 
-    def latest_first(self) -> list[str]:
+    def latest_commit(self) -> Manifest | None:
+        """As `latest`, with the attempt that it was published by."""
+        return self._latest()
+
+    def latest_first(self) -> list[Manifest]:
         """The tag to resume from, then those published before it, newest first.
 
         Raises:
@@ -134,11 +138,11 @@ class TagReader:
         if latest is None:
             return []
         older = [
-            manifest.tag
+            manifest
             for manifest in reversed(self._manifests(is_tolerant=False))
             if manifest.published_ns < latest.published_ns
         ]
-        return [latest.tag, *older]
+        return [latest, *older]
 
     def _latest(self) -> Manifest | None:
         return self._read_pointer(LATEST) or self._newest()
@@ -165,9 +169,14 @@ class TagReader:
             return None
 
     def open_file(
-        self, path: str | os.PathLike[str], tag: str | None
+        self,
+        path: str | os.PathLike[str],
+        tag: str | None,
+        attempt: str | None = None,
     ) -> tuple[ReadFile, FileEntry]:
         """Opens a file of a published tag (by default the latest) for reading.
+
+        Where an `attempt` is given, the tag must have been published by that.
 
         Returns:
             The file, and what the manifest says of it.
@@ -182,22 +191,27 @@ class TagReader:
         text: object = os.fspath(path) if isinstance(path, os.PathLike) else path
         if tag is None and isinstance(text, str) and text.startswith(f"{root}/"):
             tag, _, text = text.removeprefix(f"{root}/").partition("/")
-        return self._open_files([text], tag)[0]
+        return self._open_files([text], tag, attempt)[0]
 
     def open_files(
-        self, paths: Sequence[str | os.PathLike[str]], tag: str
+        self, paths: Sequence[str | os.PathLike[str]], tag: str, attempt: str
     ) -> list[tuple[ReadFile, FileEntry]]:
         """Opens several files of one commit of a published tag; as `open_file`."""
-        return self._open_files([os.fspath(path) for path in paths], tag)
+        return self._open_files([os.fspath(path) for path in paths], tag, attempt)
 
     def _open_files(
-        self, paths: Sequence[object], tag: str | None
+        self, paths: Sequence[object], tag: str | None, attempt: str | None
     ) -> list[tuple[ReadFile, FileEntry]]:
         root = self._storage.root
         while True:
             manifest = self.manifest(tag) if tag is not None else self._latest()
             if manifest is None:
                 raise CheckpointNotFoundError(f"nothing is published in {root!r}")
+            if attempt not in (None, manifest.attempt):
+                raise CheckpointNotFoundError(
+                    f"tag {manifest.tag!r} in {root!r} is another save than the one that "
+                    f"rank 0 has: made by {manifest.attempt}, not {attempt}"
+                )
             own = [f"{root}/{manifest.tag}"]
             relative = [check_path(path, own) for path in paths]
             with contextlib.ExitStack() as stack:

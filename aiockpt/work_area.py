@@ -4,8 +4,8 @@
     ROOT/.aiockpt/work/ENGINE/N.place       the rank that made N, if that is not rank 0
     ROOT/.aiockpt/work/ENGINE.lock          held while ENGINE lives
 
-In a job of several ranks ENGINE is that of rank 0. Everything here blocks: call it in
-a worker.
+In a job of several ranks ENGINE is that of rank 0. In other roots than its own the ranks
+that work there share the lock. Everything here blocks: call it in a worker.
 """
 
 __all__ = ["WorkArea"]
@@ -69,14 +69,35 @@ class WorkArea:
             self._storage.sync_dir(path.rpartition("/")[0])
 
     def close(self) -> None:
-        """Removes the work area and lets go of its lock. Idempotent."""
+        """Removes the work area and lets go of its lock. Idempotent.
+
+        One that is shared is removed by the last rank, if it is empty. What an attempt
+        has left there may be all that there is of a tag: that is left to the sweep of
+        a later process.
+        """
         locks, self._locks = self._locks, {}
         for engine, lock in locks.items():
             try:
-                if not self.in_doubt:
+                if engine == self._engine and not self.in_doubt:
                     self._remove(engine)
             finally:
                 lock.release()
+            if engine != self._engine:
+                self._remove_if_last(engine)
+
+    def _remove_if_last(self, engine: str) -> None:
+        lock = self._storage.lock(_lock_path(engine), wait=False)
+        if lock is None:
+            return
+        try:
+            directory = f"{_WORK_DIR}/{engine}"
+            if not (self._storage.exists(directory) and self._has_any(directory)):
+                self._remove(engine)
+        finally:
+            lock.release()
+
+    def _has_any(self, directory: str) -> bool:
+        return bool(self._storage.list_dir(directory))
 
     def sweep(self) -> list[str]:
         """Removes what dead engines left; the names of these engines.
@@ -124,17 +145,18 @@ class WorkArea:
         Returns:
             Whether this rank made it.
         """
-        if self._storage.exists(directory):
-            return False
-        self._make_root()
+        is_there = self._storage.exists(directory)
+        if not is_there:
+            self._make_root()
         engine = directory.split("/")[-2]
         with self._opening:
             if engine not in self._locks:
-                lock = self._storage.lock(_lock_path(engine), wait=False)
-                # Else another rank with this root holds it.
+                # Before the directory exists, as above.
+                lock = self._storage.lock(_lock_path(engine), wait=False, shared=True)
+                # None in the root of rank 0, which holds it alone.
                 if lock is not None:
                     self._locks[engine] = lock
-        if directory not in self._storage.make_dirs(directory):
+        if is_there or directory not in self._storage.make_dirs(directory):
             return False
         self._storage.write_durable(_place_path(directory), f"{rank}".encode())
         return True

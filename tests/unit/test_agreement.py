@@ -29,6 +29,7 @@ from aiockpt.errors import (
 )
 from aiockpt.events import Event, Failed, Published
 from aiockpt.manifest import FileEntry
+from aiockpt.ranks.failures import lost
 from aiockpt.ranks.hub import Hub
 from aiockpt.ranks.single import SingleRank
 from aiockpt.saver import FileSave
@@ -114,9 +115,14 @@ class Crew(list[OneRank]):
 
     async def retry(self) -> None:
         """The tag, once more: it works and is whole."""
-        reports = await self.commit(await self.opened(options=OVERWRITE))
+        attempts = await self.opened(options=OVERWRITE)
+        reports = await self.commit(attempts)
         assert reports[0].num_files == len(self)
         assert all(report == reports[0] for report in reports), reports
+        for attempt in attempts:
+            if attempt.is_publisher:
+                # As an engine does: what the tag has replaced goes.
+                await attempt.discard_files()
 
 
 @contextlib.asynccontextmanager
@@ -485,6 +491,117 @@ async def test_a_place_keeps_what_it_shows_where_rank_0_took_too_long(
             await other
         await late
         assert await ranks.each(OneRank.tags) == [["a"]] * 2
+
+
+def lose(ranks: Crew) -> None:
+    """Rank 1 has lost rank 0, which does not notice."""
+    ranks[1].ranks.lose(lost(0, "lost"))
+
+
+@pytest.mark.parametrize("notice", [expire, lose])
+async def test_a_rank_that_gives_up_on_rank_0_takes_no_files_from_it(
+    tmp_path, monkeypatch, planners, notice
+):
+    async with crew([tmp_path / "runs"] * 2, planners) as ranks:
+        attempts = await ranks.opened()
+        with held(monkeypatch, ranks[0].catalog, "publish") as gate:
+            late = asyncio.create_task(attempts[0].commit())
+            other = asyncio.create_task(ranks.commit(attempts[1:]))
+            await ranks[0].blocking(gate.wait_reached)
+            notice(ranks)
+            (failure,) = await other
+            assert failure.rank == 0
+        await late
+        assert await ranks.each(OneRank.tags) == [["a"]] * 2
+        root = tmp_path / "runs"
+        assert [(root / f"a/dir/{n}.pt").read_bytes() for n in (0, 1)] == [b"data"] * 2
+
+
+async def test_an_abort_of_rank_0_takes_no_files_from_its_own_publishing(
+    tmp_path, monkeypatch, planners
+):
+    async with crew([tmp_path / "runs"] * 2, planners) as ranks:
+        attempts = await ranks.opened()
+        with held(monkeypatch, ranks[0].catalog, "publish") as gate:
+            late = asyncio.create_task(attempts[0].commit())
+            other = asyncio.create_task(ranks.commit(attempts[1:]))
+            await ranks[0].blocking(gate.wait_reached)
+            expire(ranks)
+            await other
+            aborting = asyncio.create_task(attempts[0].abort())
+            await turns(20)
+            directory = tmp_path / "runs" / attempts[0]._directory
+            assert (directory / "dir/0.pt").exists()
+        await late
+        await aborting
+        assert await ranks.each(OneRank.tags) == [["a"]] * 2
+
+
+async def test_no_rank_of_a_node_takes_the_old_tag_from_its_publisher(
+    tmp_path, monkeypatch, planners
+):
+    roots = [tmp_path / "r0", tmp_path / "r1", tmp_path / "r1"]
+    async with crew(roots, planners) as ranks:
+        await ranks.retry()
+        old = (await ranks[1].blocking(ranks[1].catalog.manifest, "a")).attempt
+        attempts = await ranks.opened(options=OVERWRITE)
+        error = StorageError(errno.EIO, "I/O error", "x")
+        publisher = ranks[attempts[1]._agreement.place.number]
+        with (
+            monkeypatch.context() as patch,
+            held(patch, publisher.catalog, "retract") as gate,
+        ):
+            patch.setattr(ranks[0].catalog, "publish", failing(error))
+            committing = asyncio.create_task(ranks.commit(attempts))
+            await publisher.blocking(gate.wait_reached)
+            # The others are done with it, and the old tag lies where the new one was.
+            by = ranks.index(publisher)
+            await settled(lambda: attempts[3 - by].failure is not None)
+            await turns(50)
+            gate.open()
+            failures = await committing
+        assert no_others(failures).rank == 0
+        found = await ranks[1].blocking(ranks[1].catalog.manifest, "a")
+        assert found.attempt == old
+        for name in ("dir/1.pt", "dir/2.pt"):
+            assert (roots[1] / "a" / name).read_bytes() == b"data"
+        await ranks.retry()
+
+
+async def test_ranks_load_one_attempt_or_are_told_that_theirs_is_another(
+    tmp_path, planners
+):
+    roots = [tmp_path / "r0", tmp_path / "r1"]
+    async with crew(roots, planners) as ranks:
+        await ranks.retry()
+    # As if the nodes had lost rank 0 while they replaced the tag.
+    async with crew(roots[1:], planners) as alone:
+        await alone.retry()
+    async with crew(roots, planners) as ranks:
+
+        class NoLoader:
+            async def load(self, opener: Callable[[], Any], _: object) -> str:
+                file, _ = await run_blocking(planners, opener)
+                file.close()
+                return "state"
+
+        loaders = [
+            TagLoader(rank.catalog, NoLoader(), rank.ranks, rank.planners)
+            for rank in ranks
+        ]
+        options: Any = SimpleNamespace(into=None)
+        found = await outcomes(
+            loader.load(f"dir/{rank}.pt", None, options)
+            for rank, loader in enumerate(loaders)
+        )
+        assert found[0] == "state"
+        assert isinstance(found[1], CheckpointNotFoundError)
+        assert "another save" in str(found[1])
+        found = await outcomes(
+            loader.load_latest_valid([f"dir/{rank}.pt"], options)
+            for rank, loader in enumerate(loaders)
+        )
+        assert all(isinstance(each, CheckpointNotFoundError) for each in found), found
 
 
 @pytest.mark.parametrize("num_files", [0, 1])

@@ -50,6 +50,7 @@ def test_of_all_ranks_with_one_disk_one_makes_the_directory(first, tmp_path, rou
     leads = join_all(areas, directory)
     assert leads.count(True) == 1
     assert {area.place(directory) for area in areas} == {leads.index(True) + 1}
+    areas[0].discard(directory)
     for area in areas:
         area.close()
     assert leftovers(tmp_path / "one") == []
@@ -84,8 +85,28 @@ def test_where_a_rank_has_joined_nobody_sweeps_until_it_has_closed(first, tmp_pa
     assert area.join(directory, 1)
     assert other.sweep() == []
     assert (tmp_path / "one" / directory).is_dir()
+    area.discard(directory)
     area.close()
     other.close()
+    assert leftovers(tmp_path / "one") == []
+
+
+@pytest.mark.parametrize("closing", [0, 1])
+def test_a_rank_that_closes_takes_nothing_from_those_that_joined_with_it(
+    first, tmp_path, closing
+):
+    directory, _ = first.new_directory()
+    areas = [area_at(tmp_path / "one") for _ in range(2)]
+    join_all(areas, directory)
+    areas[closing].close()
+    file = tmp_path / "one" / directory / "file"
+    file.write_bytes(b"1")
+    # It is still somebody's: nobody sweeps it.
+    assert area_at(tmp_path / "one").sweep() == []
+    areas[1 - closing].close()
+    # What is left there may be an old tag: that is for a later process to sweep.
+    assert file.exists()
+    assert area_at(tmp_path / "one").sweep() == [directory.split("/")[-2]]
     assert leftovers(tmp_path / "one") == []
 
 

@@ -257,7 +257,11 @@ class CheckpointEngine:
             with contextlib.suppress(EngineStateError):
                 await runtime.open_tags.abort(tag.tag)
         for single in tag.singles:
-            await single.discard()
+            try:
+                await single.discard()
+            except CheckpointError as error:
+                # What went wrong before is what the caller must hear of.
+                _logger.warning("a file of tag %s remains: %s", tag.tag, error)
 
     # --- loading --------------------------------------------------------------
 

@@ -82,10 +82,12 @@ class Roots:
 
     async def close(self) -> None:
         """Drops the tags that are still open, and leaves the job."""
-        for root in list(self._in_use):
-            self._in_use[root] = self._in_use[root][0], 1
-            await self.leave(root)
-        await self.ranks.close()
+        try:
+            for root in list(self._in_use):
+                self._in_use[root] = self._in_use[root][0], 1
+                await self.leave(root)
+        finally:
+            await self.ranks.close()
 
     def stop(self) -> None:
         """Ends the threads and frees the ring; returns when they have ended."""
