@@ -208,6 +208,7 @@ class Attempt:
             ranks=self._means.ranks,
             group=replicas,
             topic=f"save {self._agreement.place.name}",
+            has_failed=lambda: self.failure is not None,
         )
 
     async def _refuse(self, error: CheckpointError, path: str | None) -> None:

@@ -11,7 +11,7 @@ __all__ = ["ReplicaSaver", "group_of"]
 
 import asyncio
 import operator
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -82,12 +82,15 @@ class ReplicaSaver:
         group: The members, this rank among them; the first speaks for the file.
         topic: What the meetings are about, apart from the file; the same text on
             every member, and unique to the attempt.
+        has_failed: Whether the attempt has been given up meanwhile. A cancellation
+            that comes too late for a meeting is dropped by it, and not seen here.
     """
 
     saver: Saver
     ranks: Ranks
     group: Sequence[int]
     topic: str
+    has_failed: Callable[[], bool]
 
     async def run(self, save: FileSave, target: str) -> None:
         """Makes this member's part of the file `target` complete and durable.
@@ -140,7 +143,8 @@ class ReplicaSaver:
 
         verdict = await self._consult(save, _PLAN, word, decide)
         async with self._telling(save, _CHECKSUMS):
-            _raise_if_cancelled()
+            if self.has_failed():
+                raise CheckpointError(f"{save.tag}/{save.path} was given up")
             chunk_bytes = msgspec.msgpack.decode(verdict, type=int)
             if chunk_bytes != self.saver.ring.chunk_bytes:
                 plan = await self._plan(save, chunk_bytes, stack)
@@ -242,10 +246,3 @@ class ReplicaSaver:
 
 def _amendments(part: Part, totals: Totals) -> list[tuple[int, bytes]]:
     return [(late.offset, late.render(totals.record_crcs)) for late in part.late_seals]
-
-
-def _raise_if_cancelled() -> None:
-    """Raises the cancellation that came too late for a meeting, which dropped it."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError

@@ -221,6 +221,17 @@ def replicate_again(rank: int, world_size: int, root: str) -> Any:
         return result
 
 
+def replicate_refused(rank: int, world_size: int, root: str, at: int) -> Any:
+    """Rank `at` has something in a state of all ranks that cannot be saved."""
+    with aiockpt.sync.CheckpointEngine(root, RING) as engine:
+        engine.create("a")
+        value = (lambda: 0) if rank == at else 0
+        saved = attempt(
+            lambda: engine.save({"x": value}, "model.pt", replicated=True) and "begun"
+        )
+        return saved, attempt(lambda: repr(engine.commit("a")))
+
+
 def leave(rank: int, world_size: int, root: str, at: int) -> Any:
     """Rank `at` closes its engine, with the tag open."""
     engine = aiockpt.sync.CheckpointEngine(root, RING)

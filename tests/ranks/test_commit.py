@@ -150,6 +150,17 @@ def test_a_file_of_all_ranks_is_tried_again_and_is_that_of_one_rank(jobs, root):
 
 
 @pytest.mark.parametrize("at", [0, 1])
+def test_a_rank_that_cannot_save_a_file_of_all_is_not_waited_for(jobs, root, at):
+    results = jobs.run("ranks.acts:replicate_refused", 2, root=root, at=at)
+    assert results[at][0]["error"] == "InvalidArgumentError"
+    assert results[1 - at][0] == "begun"
+    told = same([result[1] for result in results])
+    assert (told["error"], told["rank"]) == ("PeerError", at)
+    assert told["phase"] == "plan"
+    assert_root_consistent(root, absent=["a"], is_swept=True)
+
+
+@pytest.mark.parametrize("at", [0, 1])
 def test_a_rank_that_leaves_fails_the_commit_of_the_others(jobs, root, at):
     results = jobs.run("ranks.acts:leave", 2, root=root, at=at)
     told = results[1 - at]

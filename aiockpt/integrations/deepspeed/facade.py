@@ -137,8 +137,8 @@ class CheckpointEngine:
 
         Raises:
             EngineStateError: The tag is not open.
-            CheckpointError: What failed; nothing of the tag is published, and it is not
-                open any more.
+            CheckpointError: What failed; nothing of the tag is published (but in the
+                directories that a note names), and it is not open any more.
             PeerError: Another rank failed.
         """
         described = self._described(info)
@@ -203,17 +203,20 @@ class CheckpointEngine:
         return verdict
 
     async def _commit(self, tag: OpenTag) -> None:
-        roots = self._roots
+        roots, published = self._roots, list[str]()
         try:
             verdict = await self._complete(tag)
             for root, runtime in sorted(tag.runtimes.items()):
                 if root in verdict.used:
                     await runtime.commit(tag.tag)
+                    published.append(root)
                 else:
                     await runtime.open_tags.abort(tag.tag)
             if verdict.has_singles:
                 await self._publish_singles(tag)
-        except BaseException:
+        except BaseException as error:
+            if published:
+                error.add_note(f"tag {tag.tag!r} was published in {published} before")
             await self._drop(tag)
             raise
         finally:
