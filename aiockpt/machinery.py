@@ -20,7 +20,7 @@ from aiockpt.loader import Loader
 from aiockpt.loop_thread import Call, LoopThread
 from aiockpt.ring import Ring
 from aiockpt.saver import Saver
-from aiockpt.staging.cuda_driver import CudaDriver
+from aiockpt.staging.cuda_driver import CudaDriver, current_device
 from aiockpt.staging.devices import Devices
 from aiockpt.staging.host import HostStager
 from aiockpt.storage.base import Storage
@@ -88,6 +88,9 @@ class Machinery:
             devices=self._devices,
         )
         self._stager = HostStager(self._copiers)
+        if current_device() is not None:
+            # The first save would wait for the bindings, and raises what is wrong.
+            self.lookers.submit(self._devices.driver.check_usable)
 
     def storage(self, root: str) -> LocalStorage:
         """The files below one directory, worked on by these threads."""

@@ -170,10 +170,11 @@ class Preflight:
         """Takes from the system now what the first save would wait for."""
         ring = self._saver.ring
         num_chunks = min(self._num_chunks, ring.capacity_bytes // ring.chunk_bytes)
-        for index in range(num_chunks):
-            await self._blocking(ring.populate, index)
+        # Pinning touches memory, too, and next to the device.
         if self._stager is not None and num_chunks > 0:
             await self._stager.prepare(num_chunks * ring.chunk_bytes)
+        for index in range(num_chunks):
+            await self._blocking(ring.populate, index)
 
     def _look(self, planned_bytes: int) -> DiskFacts:
         """What there is, if tags can be made in the root, of the size that is wanted."""

@@ -1,6 +1,6 @@
 """Measures the GPU rows of the targets: staging, stall, inflation, disk and restore.
 
-`python -m bench.gpu [--results FILE] [--gib 16] [--directory DIR]` runs every case on
+`python -m bench.gpu [--results FILE] [--gib 4] [--directory DIR]` runs every case on
 one CUDA device and prints a JSON line a figure; with `--results` it keeps them. Rates
 stand beside the raw rate that was measured in the same run: of pinned copies for
 staging and restore, of plain direct writes for what is durable, and of plain direct
@@ -21,17 +21,21 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import aiockpt
-from bench.measuring import figure, machine
+from bench.measuring import figure, file_system, machine
 
 GIB = 1 << 30
 MIB = 1 << 20
 REPEATS = 5
 BLOCK_BYTES = 8 * MIB
+NUM_STEPS = 50
+SAVE_EVERY = 10
+NUM_WRITERS = 8
 NUM_READERS = 16
 DEVICE = "cuda"
 
@@ -95,19 +99,21 @@ def raw_copy_rate(*, is_to_host: bool, num_bytes: int = 4 * GIB) -> float:
     return num * BLOCK_BYTES / min(synced_s(copy) for _ in range(3)) / 1e9
 
 
-def raw_write_rate(directory: Path, nbytes: int) -> float:
-    """GB/s of plain direct writes of 8 MiB, one after the other, and a sync."""
+def raw_write_rate(directory: Path, nbytes: int, num_writers: int) -> float:
+    """GB/s of plain direct writes of 8 MiB to a file that has its room, and a sync."""
     path = directory / "raw"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         descriptor = os.open(path, flags | os.O_DIRECT)
     except OSError:
         descriptor = os.open(path, flags)
+    os.posix_fallocate(descriptor, 0, nbytes)
     block = mmap.mmap(-1, BLOCK_BYTES)
     block.write(os.urandom(BLOCK_BYTES))
     start = time.perf_counter()
-    for _ in range(nbytes // BLOCK_BYTES):
-        os.write(descriptor, block)
+    with ThreadPoolExecutor(num_writers) as writers:
+        offsets = range(0, nbytes, BLOCK_BYTES)
+        list(writers.map(lambda at: os.pwrite(descriptor, block, at), offsets))
     os.fsync(descriptor)
     elapsed_s = time.perf_counter() - start
     os.close(descriptor)
@@ -217,11 +223,15 @@ async def timed_save(
 async def saves(report: Report, directory: Path, nbytes: int) -> None:
     """Staging beside raw copies, stall, and durable throughput beside raw writes."""
     state, stepper = state_of(nbytes, 300), Stepper()
-    ring = {"host_cache_size": nbytes / GIB + 0.25, "parser_threads": 8}
+    ring = {"host_cache_size": nbytes / GIB + 0.25, "parser_threads": NUM_WRITERS}
     raw_copy = raw_copy_rate(is_to_host=True)
-    raw_write = raw_write_rate(directory, min(nbytes, 8 * GIB))
+    raw_bytes = min(nbytes, 8 * GIB)
+    raw_writes = [raw_write_rate(directory, raw_bytes, num) for num in (1, NUM_WRITERS)]
+    # The faster of the two: which it is depends on the disk.
+    raw_write = max(raw_writes)
     report.figure("raw pinned device-to-host", [raw_copy], "GB/s")
-    report.figure("raw direct write", [raw_write], "GB/s")
+    for num, rate in zip((1, NUM_WRITERS), raw_writes, strict=True):
+        report.figure(f"raw direct write, {num} at once", [rate], "GB/s")
     staging, stall, lazy, durable = [], [], [], []
     async with aiockpt.CheckpointEngine(directory / "root", ring) as engine:
         first_s, _ = await timed_save(engine, state, stepper, 1.0)
@@ -233,6 +243,16 @@ async def saves(report: Report, directory: Path, nbytes: int) -> None:
             durable.append(nbytes / done.total_s / 1e9)
             held_s, _ = await timed_save(engine, state, stepper, 1.0)
             lazy.append(held_s)
+            # At once: whatever ends the run, these are kept.
+            report.tell(
+                {
+                    "repeat": len(lazy),
+                    "staging GB/s": staging[-1],
+                    "stall s": stall[-1],
+                    "lazy stall s": lazy[-1],
+                    "durable GB/s": durable[-1],
+                }
+            )
     report.figure("staging", staging, "GB/s")
     report.figure("staging/raw", [rate / raw_copy for rate in staging], "")
     report.figure("stall, step at once", stall, "s")
@@ -260,11 +280,16 @@ async def small(report: Report, directory: Path) -> None:
 
 
 async def training(report: Report, directory: Path) -> None:
-    """Step times without saves, and with one every 10 steps."""
+    """Step times without saves, and with one every 10 steps.
+
+    A step that begins a save while the one before is not durable yet waits for that;
+    the disk's part of the time lost is told by itself.
+    """
     layers = [torch.nn.Linear(4096, 4096) for _ in range(16)]
     model = torch.nn.Sequential(*layers).to(DEVICE, torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    inputs = torch.randn(8192, 4096, device=DEVICE, dtype=torch.bfloat16)
+    # As much work for a byte of state as steps have that are saved between.
+    inputs = torch.randn(65_536, 4096, device=DEVICE, dtype=torch.bfloat16)
 
     def step() -> None:
         model(inputs).square().mean().backward()
@@ -275,36 +300,72 @@ async def training(report: Report, directory: Path) -> None:
         step()
     nbytes = sum(t.nbytes for t in model.state_dict().values()) * 3
     ring = {"host_cache_size": nbytes / GIB + 0.25, "parser_threads": 4}
-    losses: list[float] = []
-    p50s: list[float] = []
+    lost: list[float] = []
+    waited: list[float] = []
+    inflated: list[float] = []
     async with aiockpt.CheckpointEngine(directory / "training", ring) as engine:
         for repeat in range(REPEATS + 1):
-            bare = [synced_s(step) for _ in range(50)]
-            saving: list[float] = []
-            committing: asyncio.Task[object] | None = None
-            for number in range(50):
-                start = time.perf_counter()
-                if number % 10 == 0:
-                    if committing is not None:
-                        await committing
-                    tag = f"t{repeat}-{number}"
-                    await engine.create(tag)
-                    state = {"model": model.state_dict(), "opt": optimizer.state_dict()}
-                    await engine.save(state, "model.pt")
-                    committing = asyncio.create_task(engine.commit(tag))  # noqa: TID251
-                step()
-                torch.cuda.synchronize()
-                saving.append(time.perf_counter() - start)
-                await asyncio.sleep(0)
-            assert committing is not None
-            await committing
-            for info in await engine.tags():
-                await engine.delete(info.tag)
+            bare = [synced_s(step) for _ in range(NUM_STEPS)]
+            steps = _Steps(engine, f"t{repeat}")
+            for number in range(NUM_STEPS):
+                state = {"model": model.state_dict(), "opt": optimizer.state_dict()}
+                await steps.take(step, state if number % SAVE_EVERY == 0 else None)
+            await steps.end()
             if repeat:
-                losses.append(1 - sum(bare) / sum(saving))
-                p50s.append(statistics.median(saving) / statistics.median(bare))
-    report.figure("training throughput lost, a save every 10 steps", losses, "")
-    report.figure("step inflation, median", p50s, "")
+                lost.append(1 - sum(bare) / sum(steps.all_s))
+                waited.append(steps.waited_s / sum(steps.all_s))
+                p50 = statistics.median(steps.copying_s) / statistics.median(bare)
+                inflated.append(p50)
+    report.figure("training throughput lost, a save every 10 steps", lost, "")
+    report.figure("beyond that, waits for the commit before", waited, "")
+    report.figure("step inflation while copying, median", inflated, "")
+
+
+class _Steps:
+    """Training steps, some of which begin a save."""
+
+    def __init__(self, engine: aiockpt.CheckpointEngine, name: str) -> None:
+        self.all_s: list[float] = []
+        self.copying_s: list[float] = []
+        self.waited_s = 0.0
+        self._engine = engine
+        self._name = name
+        self._handle: aiockpt.SaveHandle | None = None
+        self._committing: asyncio.Task[object] | None = None
+
+    async def take(self, step: Callable[[], None], state: object | None) -> None:
+        """One step; before it, a save of the state, if there is one."""
+        if state is not None:
+            await self.end()
+        start = time.perf_counter()
+        if state is not None:
+            tag = f"{self._name}-{len(self.all_s)}"
+            await self._engine.create(tag)
+            self._handle = await self._engine.save(state, "model.pt")
+            self._committing = asyncio.create_task(self._engine.commit(tag))  # noqa: TID251
+        is_copying = self._is_copying()
+        step()
+        torch.cuda.synchronize()
+        elapsed_s = time.perf_counter() - start
+        self.all_s.append(elapsed_s)
+        if is_copying:
+            self.copying_s.append(elapsed_s)
+        await asyncio.sleep(0)
+
+    def _is_copying(self) -> bool:
+        if self._handle is None:
+            return False
+        progress = self._handle.progress
+        return not 0 < progress.planned_bytes <= progress.staged_bytes
+
+    async def end(self) -> None:
+        """Waits for the last commit, and removes it."""
+        start = time.perf_counter()
+        if self._committing is not None:
+            await self._committing
+            self.waited_s += time.perf_counter() - start
+            for info in await self._engine.tags():
+                await self._engine.delete(info.tag)
 
 
 async def timed_loads(
@@ -351,6 +412,9 @@ async def restores(report: Report, directory: Path, nbytes: int) -> None:
     report.figure("raw pinned host-to-device", [raw], "GB/s")
     state = state_of(nbytes, 300)
     for name, parent in (("disk, cached", directory), ("/dev/shm", Path("/dev/shm"))):  # noqa: S108
+        if shutil.disk_usage(parent).free < 1.1 * nbytes:
+            report.tell({"not measured": f"restore from {name}", "reason": "no room"})
+            continue
         with a_folder(parent) as root:
             async with saved(state, root) as (engine, path):
                 rates = await timed_loads(engine, state, lambda: remember(path))
@@ -386,22 +450,31 @@ async def cold_restores(report: Report, directory: Path, nbytes: int) -> None:
 
 
 async def run(report: Report, directory: Path, nbytes: int) -> None:
-    """All cases, one after the other."""
-    await saves(report, directory, nbytes)
-    torch.cuda.empty_cache()
-    await small(report, directory)
-    await training(report, directory)
-    torch.cuda.empty_cache()
-    await restores(report, directory, min(nbytes, 8 * GIB))
-    torch.cuda.empty_cache()
-    await cold_restores(report, directory, min(nbytes, 8 * GIB))
+    """All cases, one after the other; one that fails takes no other with it."""
+    loaded_bytes = min(nbytes, 8 * GIB)
+    failures: list[Exception] = []
+    for case in (
+        partial(training, report, directory),
+        partial(saves, report, directory, nbytes),
+        partial(small, report, directory),
+        partial(cold_restores, report, directory, loaded_bytes),
+        partial(restores, report, directory, loaded_bytes),
+    ):
+        try:
+            await case()
+        except Exception as error:  # noqa: BLE001 - raised below
+            report.tell({"failed": case.func.__name__, "error": repr(error)})
+            failures.append(error)
+        torch.cuda.empty_cache()
+    if failures:
+        raise ExceptionGroup("some cases failed", failures)
 
 
 def main() -> None:
     """Reads the arguments and measures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=None)
-    parser.add_argument("--gib", type=float, default=16.0)
+    parser.add_argument("--gib", type=float, default=4.0)
     parser.add_argument("--directory", type=Path, default=None)
     parser.add_argument("--commit", help="of a tree that came without its repository")
     arguments = parser.parse_args()
@@ -418,8 +491,10 @@ def main() -> None:
         "free_bytes": free,
         "cuda": torch.version.cuda,
     }
-    report.tell({"machine": {**about, **device}, "case": {"gib": arguments.gib}})
     parent = arguments.directory or Path(tempfile.gettempdir())
+    parent.mkdir(parents=True, exist_ok=True)
+    device["file_system"] = file_system(parent)
+    report.tell({"machine": {**about, **device}, "case": {"gib": arguments.gib}})
     with a_folder(parent) as directory:
         nbytes = int(arguments.gib * GIB)
         asyncio.run(run(report, directory, nbytes))

@@ -45,11 +45,17 @@ def machine(*packages: str) -> dict[str, object]:
         "memory_gib": round(memory_bytes / GIB, 1),
         "processor": _processor(),
         "kernel": platform.release(),
-        "huge_pages": _HUGE_PAGES.read_text(encoding="ascii").strip(),
+        "huge_pages": _huge_pages(),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", *packages)},
         "commit": _commit(),
     }
+
+
+def _huge_pages() -> str | None:
+    if not _HUGE_PAGES.exists():
+        return None
+    return _HUGE_PAGES.read_text(encoding="ascii").strip()
 
 
 def _processor() -> str:

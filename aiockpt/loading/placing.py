@@ -25,6 +25,8 @@ def resolved(map_location: MapLocation) -> MapLocation:
     if isinstance(map_location, str | torch.device) and str(map_location) == "cuda":
         number = current_device()
         return map_location if number is None else f"cuda:{number}"
+    if isinstance(map_location, Mapping):
+        return {key: str(resolved(value)) for key, value in map_location.items()}
     return map_location
 
 

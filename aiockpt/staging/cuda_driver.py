@@ -26,6 +26,11 @@ _MIN_BATCH: Final = 4
 _PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
 _BUS_ID_BYTES: Final = 20
 
+# `CU_STREAM_LEGACY`, before the bindings are there.
+_LEGACY_STREAM: Final = 1
+
+_SAME_ADDRESSES: Final = "CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM"
+
 # A copy whose direction does not matter any more: to, from, bytes.
 _Move: TypeAlias = tuple[int, int, int]
 
@@ -59,11 +64,12 @@ class CudaDriver(Driver):
 
     def __init__(self) -> None:
         """Touches no device, and imports nothing."""
-        self._lock = threading.Lock()
+        # Reentrant: whatever is collected while it is held may be an event.
+        self._lock = threading.RLock()
         self._api: Any = None
         self._reason: Exception | None = None
         self._contexts: dict[int, Any] = {}
-        self._has_batches = True
+        self._has_batches: dict[int, bool] = {}
 
     # --- of tensors ---------------------------------------------------------------
 
@@ -117,7 +123,10 @@ class CudaDriver(Driver):
     @override
     def current_stream(self, device: int) -> int:
         """See `Driver.current_stream`."""
-        return int(torch.cuda.current_stream(device).cuda_stream)
+        stream = int(torch.cuda.current_stream(device).cuda_stream)
+        # Torch's default stream is the legacy one, also where the bindings have been
+        # told to take none for the thread's own.
+        return stream or _LEGACY_STREAM
 
     @override
     def new_stream(self, device: int) -> object:
@@ -149,9 +158,10 @@ class CudaDriver(Driver):
 
     def _end_event(self, device: int, handle: object) -> None:
         # Of a context that has been released, nothing is left to be destroyed.
-        if device in self._contexts:
-            with self._on(device) as api:
-                api.cuEventDestroy(handle)
+        context = self._contexts.get(device)
+        if context is not None:
+            with self._current(self._api, context):
+                self._api.cuEventDestroy(handle)
 
     @override
     def follow(self, device: int, stream: Any, event: _Event) -> None:
@@ -191,7 +201,7 @@ class CudaDriver(Driver):
         """See `Driver.to_host`."""
         with self._on(device) as api:
             moves = [(host, source, nbytes) for host, source, nbytes in copies]
-            if not (is_pinned and self._is_batched(api, stream, moves)):
+            if not (is_pinned and self._is_batched(api, device, stream, moves)):
                 self._move(api.cuMemcpyDtoHAsync, stream, moves)
 
     @override
@@ -206,7 +216,7 @@ class CudaDriver(Driver):
         """See `Driver.to_device`."""
         with self._on(device) as api:
             moves = [(target, host, nbytes) for host, target, nbytes in copies]
-            if not (is_pinned and self._is_batched(api, stream, moves)):
+            if not (is_pinned and self._is_batched(api, device, stream, moves)):
                 self._move(api.cuMemcpyHtoDAsync, stream, moves)
 
     def _move(
@@ -215,9 +225,11 @@ class CudaDriver(Driver):
         for target, source, nbytes in moves:
             self._done(copy(target, source, nbytes, stream))
 
-    def _is_batched(self, api: Any, stream: Any, moves: Sequence[_Move]) -> bool:
+    def _is_batched(
+        self, api: Any, device: int, stream: Any, moves: Sequence[_Move]
+    ) -> bool:
         """Enqueues copies as one batch, where that pays and the driver has batches."""
-        if len(moves) < _MIN_BATCH or not self._has_batches:
+        if len(moves) < _MIN_BATCH or not self._may_batch(api, device):
             return False
         targets, sources, lengths = zip(*moves, strict=True)
         try:
@@ -242,9 +254,22 @@ class CudaDriver(Driver):
             # Older than 12.8 on one of the two sides, or a device without: whatever was
             # enqueued is enqueued again, with the same bytes. A device that fails will
             # fail there as well.
-            self._has_batches = False
+            self._has_batches[device] = False
             return False
         return True
+
+    def _may_batch(self, api: Any, device: int) -> bool:
+        """Whether batches may name registered host memory by its own addresses.
+
+        Elsewhere (on WSL, say) the device would fault on them, later and for good.
+        """
+        if device not in self._has_batches:
+            asked = getattr(api.CUdevice_attribute, _SAME_ADDRESSES)
+            with contextlib.suppress(DeviceError):
+                number = self._done(api.cuDeviceGet(device))
+                can = self._done(api.cuDeviceGetAttribute(asked, number))
+                self._has_batches[device] = bool(can)
+        return self._has_batches.get(device, False)
 
     @override
     def pin(self, device: int, address: int, nbytes: int) -> None:
@@ -294,12 +319,25 @@ class CudaDriver(Driver):
     def _on(self, device: int) -> Generator[Any]:
         """Makes the device's context the thread's own, while the body runs."""
         api = self._bindings()
-        self._done(api.cuCtxPushCurrent(self._context(api, device)))
+        with self._current(api, self._context(api, device)):
+            try:
+                yield api
+            except DeviceError:
+                raise
+            except Exception as error:
+                # The bindings' own: a function that the driver has not, a result that
+                # they do not know.
+                message = f"{type(error).__name__}: {error}"
+                raise DeviceError(message) from error
+
+    @contextlib.contextmanager
+    def _current(self, api: Any, context: Any) -> Generator[None]:
+        self._done(api.cuCtxPushCurrent(context))
         # Another thread may be capturing a graph: what is done here is no part of it.
         relaxed = api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         mode = self._done(api.cuThreadExchangeStreamCaptureMode(relaxed))
         try:
-            yield api
+            yield
         finally:
             api.cuThreadExchangeStreamCaptureMode(mode)
             api.cuCtxPopCurrent()

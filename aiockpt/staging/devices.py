@@ -142,10 +142,26 @@ class InFlight:
                     await run_blocking(waiter, driver.wait, device, event)
             except DeviceError as error:
                 failure = failure or (device, error)
+            except RuntimeError as error:
+                # There is no thread to be had: the copies end all the same.
+                failure = failure or (device, _drained(driver, device, stream, error))
         at_end, self._at_end = self._at_end, lambda: None
         at_end()
         if failure is not None:
             raise failed(*failure) from failure[1]
+
+
+def _drained(
+    driver: Driver, device: int, stream: Stream, cause: RuntimeError
+) -> DeviceError:
+    """What is raised, once nothing is being copied, where no thread could wait."""
+    try:
+        driver.drain(device, stream)
+    except DeviceError as refused:
+        return refused
+    error = DeviceError(f"nobody could wait for it: {cause}")
+    error.__cause__ = cause
+    return error
 
 
 def failed(device: int, error: DeviceError) -> StagingError:

@@ -35,6 +35,7 @@ class Bindings:
         self.calls: list[tuple[str, tuple[object, ...]]] = []
         self.answers: dict[str, tuple[object, ...]] = {
             "cuDeviceGet": (SUCCESS, 1),
+            "cuDeviceGetAttribute": (SUCCESS, 1),
             "cuDevicePrimaryCtxRetain": (SUCCESS, "context"),
             "cuCtxGetStreamPriorityRange": (SUCCESS, 0, -5),
             "cuStreamCreateWithPriority": (SUCCESS, "stream"),
@@ -161,6 +162,51 @@ def test_a_driver_without_batches_is_asked_for_one_once(api):
     driver.to_host(0, "s", COPIES, is_pinned=True)
     assert len(api.called("cuMemcpyBatchAsync")) == 1
     assert len(api.called("cuMemcpyDtoHAsync")) == 10
+
+
+def test_a_device_that_has_other_addresses_for_host_memory_is_given_no_batch(api):
+    api.answers["cuDeviceGetAttribute"] = (SUCCESS, 0)
+    driver = CudaDriver()
+    driver.to_device(0, "s", COPIES, is_pinned=True)
+    driver.to_device(0, "s", COPIES, is_pinned=True)
+    assert not api.called("cuMemcpyBatchAsync")
+    assert len(api.called("cuMemcpyHtoDAsync")) == 10
+    asked = "CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM"
+    attribute = getattr(driver_api.CUdevice_attribute, asked)
+    assert api.called("cuDeviceGetAttribute") == [(attribute, 1)]
+
+
+def test_what_the_bindings_raise_by_themselves_is_a_device_s_error(api):
+    def refuse(*_: object) -> None:
+        raise RuntimeError('Function "cuStreamSynchronize" not found')
+
+    api.cuStreamSynchronize = refuse
+    with pytest.raises(DeviceError, match="RuntimeError: Function"):
+        CudaDriver().drain(1, "s")
+    assert api.current == []
+
+
+def test_an_event_that_ends_while_a_context_is_looked_up_waits_for_nobody(api):
+    driver = CudaDriver()
+    event = driver.record(1, 0)
+    with driver._lock:
+        del event
+    assert api.called("cuEventDestroy") == [("event",)]
+
+
+def test_an_event_that_outlives_its_driver_brings_no_context_back(api):
+    driver = CudaDriver()
+    event = driver.record(1, 0)
+    driver.close()
+    del event
+    assert not api.called("cuEventDestroy")
+    assert len(api.called("cuDevicePrimaryCtxRetain")) == 1
+
+
+def test_the_default_stream_is_torch_s(monkeypatch):
+    stream = types.SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    assert CudaDriver().current_stream(0) == int(driver_api.CU_STREAM_LEGACY)
 
 
 def test_memory_is_pinned_for_all_devices_and_unpinned_by_its_address(api):
