@@ -32,6 +32,7 @@ async def test_copies_end_before_their_chunk_is_given_back_also_without_a_thread
     driver = SimpleNamespace(
         to_host=lambda *_, **__: log.append("copied"),
         record=lambda *_: "event",
+        wait=lambda *_: None,
         drain=drain,
     )
     devices: Any = SimpleNamespace(driver=driver, waiter=lambda _: NoThreads())
