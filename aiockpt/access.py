@@ -194,7 +194,7 @@ class CheckpointFile:
         return self._access.file.info.tensors
 
     async def tensor(self, key: str) -> torch.Tensor:
-        """Reads one tensor, and checks it.
+        """Reads one tensor, and checks it (one of a torch file; others have no checksum).
 
         Args:
             key: Its key path, or a glob that only it matches.
@@ -270,7 +270,7 @@ class BlockingCheckpointFile:
         return self._access.file.info.tensors
 
     def tensor(self, key: str) -> torch.Tensor:
-        """Reads one tensor, and checks it."""
+        """Reads one tensor, and checks it; as the awaitable one."""
         return only(key, self.load([key]))[1]
 
     def load(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
