@@ -215,6 +215,11 @@ class Agreement:
         self._start_s = 0.0
 
     @property
+    def meetings(self) -> str:
+        """How the topics begin that ranks have while they save files together."""
+        return f"save {self.place.name}"
+
+    @property
     def is_publisher(self) -> bool:
         """Whether this rank is the one that publishes in its root."""
         return self._ranks.rank == self.place.number
@@ -248,7 +253,9 @@ class Agreement:
         if self._is_too_late:
             return None
         self._refusal = self._refusal or error
-        return await self._ranks.object(self._topic("commit"), error, phase)
+        return await self._ranks.object(
+            self._topic("commit"), error, phase, scope=f"{self.meetings}/"
+        )
 
     async def publish(self, share: Share) -> CommitReport | None:
         """Publishes the files of all ranks, once every rank has called this.

@@ -207,7 +207,7 @@ class Attempt:
             saver=self._means.saver,
             ranks=self._means.ranks,
             group=replicas,
-            topic=f"save {self._agreement.place.name}",
+            topic=self._agreement.meetings,
             has_failed=lambda: self.failure is not None,
         )
 

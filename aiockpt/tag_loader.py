@@ -137,14 +137,18 @@ class TagLoader:
         """What `paths` of a tag hold, or what is wrong with one of them."""
         tag, attempt = commit
         with ExitStack() as stack:
+
+            def open_all() -> list[tuple[ReadFile, FileEntry]]:
+                opened = self._catalog.open_files(paths, tag, attempt)
+                # Here: a cancellation that comes meanwhile drops what is returned.
+                for file, _ in opened:
+                    stack.callback(file.close)
+                return opened
+
             try:
-                opened = await run_blocking(
-                    self._planners, self._catalog.open_files, paths, tag, attempt
-                )
+                opened = await run_blocking(self._planners, open_all)
             except (CorruptCheckpointError, CheckpointNotFoundError) as error:
                 return [], error
-            for file, _ in opened:
-                stack.callback(file.close)
             try:
                 return [
                     await self._loader.load(_opened(*each), options) for each in opened

@@ -115,6 +115,7 @@ class _Rank(Ranks):
         phase: str,
         *,
         group: Sequence[int] | None = None,
+        scope: str = "",
     ) -> Exception | None:
         members = group if group is not None else range(self.world_size)
         meeting = await outlast(

@@ -61,6 +61,7 @@ class Ranks(Protocol):
         phase: str,
         *,
         group: Sequence[int] | None = None,
+        scope: str = "",
     ) -> Exception | None:
         """Makes a topic fail on every member, also on those that come to it later.
 
@@ -71,6 +72,9 @@ class Ranks(Protocol):
             error: What is wrong; it is told to the others as text.
             phase: What this rank was doing.
             group: As for `consult`.
+            scope: Topics that begin with this fail as well, of whatever group: those
+                that members wait for, and those that they come to before they have
+                all been told of this one. Not where this comes too late.
 
         Returns:
             What every member raises: of the first that objected, a `PeerError`, whose

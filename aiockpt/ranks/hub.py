@@ -70,6 +70,8 @@ class Hub:
         # Those that some member has not used, oldest first. The first one that a member
         # has not used is its nth where it has used n - 1: nothing needs to be counted.
         self._open: dict[Key, list[Instance]] = {}
+        # How topics begin that cannot come to anything any more, and why.
+        self._refused: dict[str, Failure] = {}
 
     @property
     def num_open(self) -> int:
@@ -110,14 +112,14 @@ class Hub:
             case Objection():
                 instance = self._come(rank, message)
                 if instance.failure is None:
-                    self._fail(instance, message.failure, rank)
+                    self._fail(instance, message.failure, rank, message.scope)
                 else:
                     self._tell_failure(instance, rank)
-            case Veto(call, failure):
+            case Veto(call, failure, scope):
                 called = self._called(rank, call)
                 # An unknown call has been told how it ended meanwhile.
                 if called is not None and called.is_collecting:
-                    self._fail(called, failure, rank)
+                    self._fail(called, failure, rank, scope)
             case Withdrawal(call):
                 self._withdraw(rank, call)
             case Decision():
@@ -181,9 +183,12 @@ class Hub:
         instance = Instance(key, members, self._loop.time())
         self._open.setdefault(key, []).append(instance)
         gone = [rank for rank in self._gone if rank in members]
+        refused = (self._refused[s] for s in self._refused if key[0].startswith(s))
         if gone:
             instance.came.update(gone)
             instance.failure = lost(gone[0], self._gone[gone[0]])
+        elif failure := next(refused, None):
+            instance.failure = failure
         else:
             self._await_words(instance)
         return instance
@@ -251,10 +256,20 @@ class Hub:
         return self._seats[rank].calls.get(call)
 
     def _fail(
-        self, instance: Instance, failure: Failure, culprit: int | None = None
+        self,
+        instance: Instance,
+        failure: Failure,
+        culprit: int | None = None,
+        scope: str = "",
     ) -> None:
         """Tells those who wait; the others when they come."""
         instance.failure = failure
+        if scope:
+            instance.scope = scope
+            self._refused[scope] = failure
+            for other in [i for open_ in self._open.values() for i in open_]:
+                if other.is_collecting and other.key[0].startswith(scope):
+                    self._fail(other, failure)
         instance.is_deciding = False
         instance.stop_timer()
         instance.words.clear()
@@ -280,11 +295,20 @@ class Hub:
 
     def _forget(self, instance: Instance) -> None:
         instance.stop_timer()
+        if instance.scope:
+            self._end_scope(instance.scope)
         instances = self._open.get(instance.key, [])
         if instance in instances:
             instances.remove(instance)
             if not instances:
                 del self._open[instance.key]
+
+    def _end_scope(self, scope: str) -> None:
+        """All members know why: nobody comes to those topics any more."""
+        self._refused.pop(scope, None)
+        for key in [key for key in self._open if key[0].startswith(scope)]:
+            for instance in self._open.pop(key):
+                instance.stop_timer()
 
     def _await_words(self, instance: Instance) -> None:
         if self._timeout_s > _WARN_AFTER_S:

@@ -26,6 +26,7 @@ class Instance:
         opened_s: When the first came, on the loop's clock.
         is_deciding: Whether the chair has the words.
         failure: Why it failed; None as long as it has not.
+        scope: How topics begin that fail with it; empty where none do.
         timer: What happens next if nothing does.
     """
 
@@ -36,6 +37,7 @@ class Instance:
         "key",
         "members",
         "opened_s",
+        "scope",
         "timer",
         "waiting",
         "words",
@@ -51,6 +53,7 @@ class Instance:
         self.waiting: dict[int, int] = {}
         self.is_deciding = False
         self.failure: Failure | None = None
+        self.scope = ""
         self.timer: asyncio.TimerHandle | None = None
 
     @property

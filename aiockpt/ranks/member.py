@@ -14,6 +14,7 @@ from aiockpt.ranks.answer import answer
 from aiockpt.ranks.base import Decide, Ranks
 from aiockpt.ranks.call import Call
 from aiockpt.ranks.failures import decision_failure, lost, made, objection
+from aiockpt.ranks.instance import Key
 from aiockpt.ranks.messages import (
     MAX_WORD_BYTES,
     Decision,
@@ -135,11 +136,12 @@ class Member(Ranks):
         phase: str,
         *,
         group: Sequence[int] | None = None,
+        scope: str = "",
     ) -> Exception | None:
         """See `Ranks.object`; what goes wrong on the way is returned as well."""
-        members = self._checked(group)
+        key = topic, self._checked(group)
         told = objection(self.rank, phase, error)
-        return await outlast(self._object(topic, members, error, told))
+        return await outlast(self._object(key, error, told, scope))
 
     @override
     async def close(self) -> None:
@@ -260,28 +262,25 @@ class Member(Ranks):
             del call  # as in `threads.settle`
 
     async def _object(
-        self,
-        topic: str,
-        members: tuple[int, ...] | None,
-        error: Exception,
-        told: Failure,
+        self, key: Key, error: Exception, told: Failure, scope: str
     ) -> Exception | None:
         try:
             link = await self._connected()
         except Exception as failure:  # noqa: BLE001 - it is what `consult` would raise
             return failure
-        for call in [c for c in self._consulting if c.key == (topic, members)]:
+        for call in [c for c in self._consulting if c.key == key]:
             if not (call.is_withdrawing or call.cause or call.outcome.done()):
                 call.cause = error
-                link.send(Veto(call.number, told))
+                link.send(Veto(call.number, told, scope))
             await asyncio.wait([call.outcome])
             if not call.outcome.cancelled():
                 return call.result()
         if self._end is not None:
             return made(self._end)
+        topic, members = key
         call = self._call(topic, members)
         call.cause = error
-        link.send(Objection(call.number, topic, told, members))
+        link.send(Objection(call.number, topic, told, members, scope))
         await call.outcome
         return call.result()
 

@@ -96,6 +96,7 @@ class Objection(_Message):
     topic: str
     failure: Failure
     group: tuple[int, ...] | None
+    scope: str = ""
 
 
 class Veto(_Message):
@@ -103,6 +104,7 @@ class Veto(_Message):
 
     call: int
     failure: Failure
+    scope: str = ""
 
 
 class Withdrawal(_Message):

@@ -44,9 +44,11 @@ class _ScopedRanks(Ranks):
         phase: str,
         *,
         group: Sequence[int] | None = None,
+        scope: str = "",
     ) -> Exception | None:
         topic = self._prefix + topic
-        return await self._ranks.object(topic, error, phase, group=group)
+        scope = self._prefix + scope if scope else ""
+        return await self._ranks.object(topic, error, phase, group=group, scope=scope)
 
     @override
     async def close(self) -> None:

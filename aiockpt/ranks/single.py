@@ -58,6 +58,7 @@ class SingleRank(Ranks):
         phase: str,
         *,
         group: Sequence[int] | None = None,
+        scope: str = "",
     ) -> Exception | None:
         """See `Ranks.object`; `error` itself where it is not too late."""
         undecided = self._undecided.get(topic)

@@ -232,6 +232,25 @@ def replicate_refused(rank: int, world_size: int, root: str, at: int) -> Any:
         return saved, attempt(lambda: repr(engine.commit("a")))
 
 
+def skip(rank: int, world_size: int, root: str) -> Any:
+    """Rank 0 fails by itself and goes on to the next tag; the others save together."""
+    with aiockpt.sync.CheckpointEngine(root, RING) as engine:
+        engine.create("a")
+        if rank == 0:
+            undo = _break("write")
+            attempt(engine.save(state(0), "own.pt").written)
+            undo()
+            first = None
+        else:
+            engine.save(state(0), "model.pt", replicated=True)
+            first = attempt(lambda: repr(engine.commit("a")))
+        engine.create("b")
+        engine.save(state(0), "model.pt", tag="b", replicated=True)
+        second = attempt(lambda: engine.commit("b").num_files)
+        attempt(lambda: engine.abort("a"))
+        return first, second
+
+
 def leave(rank: int, world_size: int, root: str, at: int) -> Any:
     """Rank `at` closes its engine, with the tag open."""
     engine = aiockpt.sync.CheckpointEngine(root, RING)

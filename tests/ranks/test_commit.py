@@ -160,6 +160,14 @@ def test_a_rank_that_cannot_save_a_file_of_all_is_not_waited_for(jobs, root, at)
     assert_root_consistent(root, absent=["a"], is_swept=True)
 
 
+def test_a_rank_that_fails_and_skips_the_tag_is_not_waited_for(jobs, root):
+    results = jobs.run("ranks.acts:skip", 2, root=root)
+    told = results[1][0]
+    assert (told["error"], told["rank"], told["phase"]) == ("PeerError", 0, "write")
+    assert [result[1] for result in results] == [1, 1]
+    assert_root_consistent(root, acked=["b"], absent=["a"], is_swept=True)
+
+
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_rank_that_leaves_fails_the_commit_of_the_others(jobs, root, at):
     results = jobs.run("ranks.acts:leave", 2, root=root, at=at)

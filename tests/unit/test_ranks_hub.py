@@ -56,11 +56,11 @@ class Job:
         self.hub.receive(rank, Word(call, topic, word, group))
         return call
 
-    def objection(self, rank, topic="t", group=None):
+    def objection(self, rank, topic="t", group=None, scope=""):
         self.last_call[rank] += 1
         call = self.last_call[rank]
         failure = Failure(f"{rank}-{call}", rank=rank, phase="test")
-        self.hub.receive(rank, Objection(call, topic, failure, group))
+        self.hub.receive(rank, Objection(call, topic, failure, group, scope))
         return call
 
     def decide(self, rank, call):
@@ -116,6 +116,41 @@ async def test_an_objection_tells_those_who_wait_and_those_who_come_later(job):
     job.word(4)
     assert job.hub.num_open == 1
     assert len(job.told[4]) == 1
+
+
+@pytest.mark.parametrize("is_veto", [False, True])
+async def test_an_objection_ends_all_topics_of_its_scope_for_those_who_wait_and_come(
+    job, is_veto
+):
+    job.word(0, "save x/1", group=(0, 1, 2))
+    job.word(1, "saved")
+    if is_veto:
+        call = job.word(2, "end")
+        job.hub.receive(2, Veto(call, Failure("2-1", rank=2), "save x/"))
+    else:
+        job.objection(2, "end", scope="save x/")
+    assert job.texts() == {0: ["2-1"], 2: ["2-1"]}
+    job.word(1, "save x/1", group=(0, 1, 2))
+    job.word(3, "save x/2", group=(3, 4))
+    assert job.texts() == {rank: ["2-1"] for rank in range(4)}
+    # Until all have been told, by the topic itself.
+    for rank in (0, 1, 3, 4):
+        job.word(rank, "end")
+    assert job.texts()[4] == ["2-1"]
+    assert job.hub.num_open == 1  # "saved", which is another matter
+    assert not job.hub._refused
+    # The name may be used again.
+    job.word(3, "save x/2", group=(3, 4))
+    job.word(4, "save x/2", group=(3, 4))
+    assert len(job.asked) == 1
+
+
+async def test_an_objection_that_is_too_late_ends_no_other_topic(job):
+    job.word(0, "save x/1")
+    calls = [job.word(rank, "end") for rank in range(5)]
+    job.hub.receive(2, Veto(calls[2], Failure("no", rank=2), "save x/"))
+    assert not job.told
+    assert not job.hub._refused
 
 
 async def test_a_veto_stands_for_the_word_that_waits(job):
