@@ -15,7 +15,7 @@ follows.
 # ruff: noqa: SLF001 - what torch pickles has no other names
 # pyright: reportPrivateUsage=false
 
-__all__ = ["Pickled", "Span", "pickle_state"]
+__all__ = ["Pickled", "Span", "is_plain", "pickle_state"]
 
 import copyreg
 import io
@@ -179,13 +179,13 @@ class _StatePickler(pickle.Pickler):
 
     def reduce_tensor(self, tensor: Any) -> Any:
         """The reduction of an object that is exactly a `Tensor`."""
-        if _is_plain(tensor):
+        if is_plain(tensor):
             return self._reduce_plain(tensor, requires_grad=tensor.requires_grad)
         return self.reduce_odd(tensor)
 
     def reduce_parameter(self, parameter: Any) -> Any:
         """The reduction of an object that is exactly a `Parameter`."""
-        if not _is_plain(parameter):
+        if not is_plain(parameter):
             return self.reduce_odd(parameter)
         self._parameter = parameter
         return _rebuild_parameter, (_Payload(), parameter.requires_grad, _NoHooks())
@@ -368,8 +368,8 @@ def _untyped_element(storage: UntypedStorage, *, itemsize: int) -> Element:
     return Element(storage_type, torch.uint8, 1, itemsize)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Does torch pickle it as a storage, offset, size and stride, and no more?"""
+def is_plain(tensor: Tensor) -> bool:
+    """Whether torch pickles it as a storage, offset, size and stride, and no more."""
     return (
         tensor.layout is torch.strided
         and (tensor.is_cpu or tensor.is_cuda)

@@ -11,7 +11,8 @@ from aiockpt.errors import InvalidArgumentError
 from aiockpt.formats import plain, safetensors, torch_zip
 from aiockpt.formats.plain import PlainBytes
 from aiockpt.image import Chunk, Layout, chunks
-from aiockpt.pickling import Span, pickle_state
+from aiockpt.pickling import Span
+from aiockpt.recent_pickles import pickle_like_before
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def make_plan(
     if metadata is not None:
         message = f"metadata is for .safetensors files, not for {path!r}"
         raise InvalidArgumentError(message)
-    pickled = pickle_state(capture.tree)
+    pickled = pickle_like_before(capture.tree)
     sizes = (len(pickled.data), *(span.nbytes for span in pickled.spans))
     nbytes, pieces = _zip_chunks(sizes, chunk_bytes)
     return FilePlan(nbytes, len(sizes), pieces, [pickled.data, *pickled.spans])

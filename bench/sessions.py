@@ -108,7 +108,10 @@ class Session:
         Raises:
             ContenderError: With what the process said, or that it said nothing.
         """
-        self._pipe.send(tag)
+        try:
+            self._pipe.send(tag)
+        except BrokenPipeError:
+            raise ContenderError("its process has died") from None
         return self._answer()
 
     def _answer(self) -> dict[str, float]:

@@ -1,0 +1,230 @@
+"""A pickle is used again only where a new one would be the same."""
+
+import gc
+import random
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import states
+from aiockpt import recent_pickles
+from aiockpt.capture import capture
+from aiockpt.errors import InvalidArgumentError
+from aiockpt.pickling import Pickled, pickle_state
+from aiockpt.recent_pickles import pickle_like_before
+from aiockpt.testing.strategies import state_dicts
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept() -> Iterator[None]:
+    recent_pickles._kept.clear()
+    yield
+    recent_pickles._kept.clear()
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What is pickled, and not taken from before."""
+    pickled: list[object] = []
+
+    def noting(tree: object) -> Pickled:
+        pickled.append(tree)
+        return pickle_state(tree)
+
+    monkeypatch.setattr(recent_pickles, "pickle_state", noting)
+    return pickled
+
+
+def told(pickled: Pickled) -> tuple[object, ...]:
+    """All of a pickle, and where its bytes are."""
+    spans = [(each.storage._cdata, each.start, each.nbytes) for each in pickled.spans]
+    return pickled.data, spans
+
+
+def training(step: int = 0) -> dict[str, object]:
+    """A state as those of one run are, of tensors of its own."""
+    torch.manual_seed(step)
+    weight = torch.rand(4, 6)
+    buffer = torch.rand(100)
+    return {
+        "model": OrderedDict(
+            weight=nn.Parameter(weight),
+            frozen=nn.Parameter(torch.rand(3), requires_grad=False),
+            twin=torch.rand(4, 6),
+            tied=weight[1:],
+            transposed=torch.rand(3, 2).t(),
+            part=buffer[10:20],
+            other_part=buffer[60:],
+            none=torch.empty(0),
+        ),
+        "optimizer": {"step": torch.tensor(1.0), "betas": (0.9, 0.95)},
+        "epoch": 3,
+        "random": np.arange(10),
+    }
+
+
+def test_the_next_save_of_a_run_has_the_pickle_of_the_last(anew):
+    first, second = training(1), training(2)
+    pickle_like_before(first)
+    again = pickle_like_before(second)
+    assert anew == [first]
+    assert told(again) == told(pickle_state(second))
+
+
+def with_(**changes: Callable[[dict[str, object]], object]) -> list[object]:
+    return [pytest.param(change, id=name) for name, change in changes.items()]
+
+
+def in_model(change: Callable[[OrderedDict[str, object]], object]) -> object:
+    def changed(state: dict[str, object]) -> None:
+        change(state["model"])
+
+    return changed
+
+
+CHANGES = with_(
+    a_value=lambda s: s.update(epoch=4),
+    the_type_of_a_value=lambda s: s.update(epoch=3.0),
+    a_key=lambda s: s.update(epochs=s.pop("epoch")),
+    an_array=lambda s: s.update(random=np.arange(10) + 1),
+    the_order=lambda s: s.update(model=s.pop("model")),
+    one_more=lambda s: s.update(more=None),
+    a_tensor_for_a_parameter=in_model(lambda m: m.update(frozen=torch.rand(3))),
+    the_twin_s_storage=in_model(lambda m: m.update(tied=m["twin"][1:])),
+    a_length=in_model(lambda m: m.update(part=m["part"][:9])),
+    requires_grad=in_model(lambda m: m["frozen"].requires_grad_(True)),
+    grad_of_a_tensor=in_model(lambda m: m["part"].requires_grad_(True)),
+    dtype=in_model(lambda m: m.update(none=torch.empty(0, dtype=torch.int64))),
+    dtype_of_one_length=lambda s: s["optimizer"].update(
+        step=torch.tensor(1, dtype=torch.int32)
+    ),
+    shape=in_model(lambda m: m.update(frozen=m["frozen"].data.view(3, 1))),
+    stride=in_model(lambda m: m.update(transposed=torch.rand(2, 3))),
+    no_tie=in_model(lambda m: m.update(tied=m["tied"].clone())),
+    another_tie=in_model(lambda m: m.update(transposed=m["weight"].data[:2, :3])),
+    an_offset=in_model(lambda m: m.update(tied=m["weight"].data[:3])),
+    the_length_of_a_storage=in_model(
+        lambda m: m.update(frozen=nn.Parameter(torch.rand(9)[:3], requires_grad=False))
+    ),
+    an_object_twice=in_model(lambda m: m.update(transposed=m["tied"])),
+    an_equal_object=lambda s: s["optimizer"].update(betas=[0.9, 0.95]),
+)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_in_the_pickle_is_pickled_anew(change, anew):
+    pickle_like_before(training())
+    changed = training()
+    change(changed)
+    assert told(pickle_like_before(changed)) == told(pickle_state(changed))
+    assert len(anew) == 2
+    # And back.
+    last = training()
+    assert told(pickle_like_before(last)) == told(pickle_state(last))
+    assert len(anew) == 2
+
+
+@pytest.mark.parametrize("name", states.ALL_STATES)
+def test_every_state_is_pickled_as_without_a_memory(name):
+    state = states.ALL_STATES[name]()
+    expected = pickle_state(state)
+    for _ in range(2):
+        pickled = pickle_like_before(state)
+        assert pickled.data == expected.data
+        assert [each[1:] for each in pickled.spans] == [e[1:] for e in expected.spans]
+
+
+@given(st.lists(state_dicts(), min_size=2, max_size=4), st.randoms())
+def test_no_two_states_are_taken_for_one(trees: list[object], chance: random.Random):
+    for tree in chance.choices(trees, k=6):
+        state = capture(tree).tree
+        try:
+            expected = pickle_state(state)
+        except InvalidArgumentError:
+            with pytest.raises(InvalidArgumentError):
+                pickle_like_before(state)
+            continue
+        assert told(pickle_like_before(state)) == told(expected)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def hooked() -> torch.Tensor:
+    tensor = torch.ones(2, requires_grad=True)
+    tensor.register_hook(lambda grad: grad)
+    return tensor
+
+
+def with_attributes() -> torch.Tensor:
+    tensor = torch.ones(2)
+    tensor.note = "mine"
+    return tensor
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.ones(2).as_subclass(Subclass),
+        lambda: torch.ones(2, dtype=torch.complex64).conj(),
+        lambda: torch.eye(2).to_sparse(),
+        lambda: torch.ones(2).untyped_storage(),
+        lambda: torch.ones(2, device="meta"),
+        with_attributes,
+        lambda: np.zeros(recent_pickles._MAX_BYTES // 8 + 1),
+    ],
+    ids=["subclass", "conj", "sparse", "storage", "meta", "attributes", "large"],
+)
+def test_what_tells_nothing_of_its_pickle_is_pickled_each_time(make, anew):
+    for _ in range(2):
+        state = {"odd": make(), "plain": torch.ones(2)}
+        assert pickle_like_before(state).data == pickle_state(state).data
+    assert len(anew) == 2
+    assert not recent_pickles._kept
+
+
+def test_torch_s_warning_of_hooks_comes_each_time(anew):
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="hooks"):
+            pickle_like_before([hooked()])
+
+
+class Making:
+    """Its reduction makes a tensor."""
+
+    def __reduce__(self) -> object:
+        return Making._made, (torch.arange(3),)
+
+    @staticmethod
+    def _made(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+def test_tensors_that_are_made_by_pickling_are_those_that_are_saved(anew):
+    for _ in range(2):
+        pickled = pickle_like_before([Making()])
+        (span,) = pickled.spans
+        assert bytes(span.storage) == torch.arange(3).numpy().tobytes()
+
+
+def test_the_last_few_are_kept_and_no_tensor_with_them(anew):
+    sizes = range(1, 6)
+    for size in sizes:
+        pickle_like_before([torch.ones(size)])
+    assert len(recent_pickles._kept) == recent_pickles._NUM_KEPT
+    pickle_like_before([torch.ones(sizes[-1])])
+    assert len(anew) == len(sizes)
+    tensor = torch.ones(sizes[-1])
+    pickle_like_before([tensor])
+    gone = weakref.ref(tensor)
+    del tensor
+    gc.collect()
+    assert gone() is None
