@@ -236,8 +236,7 @@ class Catalog(TagReader):
         """Returns if the files are there, and whole: a manifest makes them a tag."""
         for entry in entries:
             path = f"{directory}/{entry.path}"
-            stamp = self._storage.stamp(path)
-            if stamp is None or stamp.identity[-1] != entry.nbytes:
+            if self._storage.length(path) != entry.nbytes:
                 full = f"{self._storage.root}/{path}"
                 raise StorageError(errno.ENOENT, "it is not there as written", full)
 

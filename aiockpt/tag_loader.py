@@ -2,12 +2,12 @@
 
 __all__ = ["TagLoader"]
 
-import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -51,7 +51,7 @@ class TagLoader:
         self, path: _Path, tag: str | None, attempt: str | None = None
     ) -> Callable[[], Opened]:
         """What opens a file of a tag (of an attempt), in a worker."""
-        return functools.partial(self._open, path, tag, attempt)
+        return partial(self._open, path, tag, attempt)
 
     def _open(self, path: _Path, tag: str | None, attempt: str | None) -> Opened:
         file, entry = self._catalog.open_file(path, tag, attempt)
@@ -125,10 +125,12 @@ class TagLoader:
 
     async def _candidates(self) -> list[_Commit]:
         async def decide(_words: Sequence[bytes]) -> bytes:
-            return _encode(
-                await run_blocking(self._planners, self._catalog.latest_first)
-            )
+            tags = await run_blocking(self._planners, self._catalog.latest_first)
+            return _encode(tags)
 
+        if self._ranks.world_size == 1:
+            # Without a consultation, which a cancellation does not end.
+            return _decode(await decide([]))
         return _decode(await self._ranks.consult("candidates", b"", decide))
 
     async def _load_all(
@@ -137,9 +139,11 @@ class TagLoader:
         """What `paths` of a tag hold, or what is wrong with one of them."""
         tag, attempt = commit
         with ExitStack() as stack:
+            # Alone, whatever has taken the tag's place meanwhile is as good.
+            wanted = attempt if self._ranks.world_size > 1 else None
 
             def open_all() -> list[tuple[ReadFile, FileEntry]]:
-                opened = self._catalog.open_files(paths, tag, attempt)
+                opened = self._catalog.open_files(paths, tag, wanted)
                 # Here: a cancellation that comes meanwhile drops what is returned.
                 for file, _ in opened:
                     stack.callback(file.close)
@@ -158,10 +162,10 @@ class TagLoader:
 
     async def _faults_of_all(self, tag: str, fault: CheckpointError | None) -> str:
         """What any rank found wrong with a tag; empty if it is sound for all."""
+        if self._ranks.world_size == 1:
+            return str(fault or "")
 
         async def decide(words: Sequence[bytes]) -> bytes:  # noqa: ASYNC124 - as `consult` wants it
-            if len(words) == 1:
-                return words[0]
             found = [
                 f"rank {rank}: {word.decode()}"
                 for rank, word in enumerate(words)

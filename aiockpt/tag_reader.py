@@ -5,7 +5,7 @@ so it needs no lock: what others change meanwhile is looked at again. Everything
 blocks: call it in a worker.
 """
 
-__all__ = ["LATEST", "TagReader"]
+__all__ = ["LATEST", "TagReader", "is_about_content"]
 
 import contextlib
 import errno
@@ -107,7 +107,7 @@ class TagReader:
                 # A foreign directory, or a tag deleted while we looked.
                 continue
             except (CorruptCheckpointError, StorageError) as error:
-                if not (is_tolerant or _is_about_content(error)):
+                if not (is_tolerant or is_about_content(error)):
                     raise
                 _logger.warning("tag %s is left out: %s", name, error)
         return sorted(found, key=lambda manifest: manifest.published_ns)
@@ -164,7 +164,7 @@ class TagReader:
         except UnicodeDecodeError:
             return None
         except CheckpointError as error:
-            if not _is_about_content(error):
+            if not is_about_content(error):
                 raise
             return None
 
@@ -194,7 +194,10 @@ class TagReader:
         return self._open_files([text], tag, attempt)[0]
 
     def open_files(
-        self, paths: Sequence[str | os.PathLike[str]], tag: str, attempt: str
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        tag: str,
+        attempt: str | None,
     ) -> list[tuple[ReadFile, FileEntry]]:
         """Opens several files of one commit of a published tag; as `open_file`."""
         return self._open_files([os.fspath(path) for path in paths], tag, attempt)
@@ -263,6 +266,6 @@ class TagReader:
         return file, entry
 
 
-def _is_about_content(error: CheckpointError) -> bool:
+def is_about_content(error: CheckpointError) -> bool:
     """Whether what stands there is wrong, not the way to it."""
     return not isinstance(error, StorageError) or error.errno in _WRONG_KIND

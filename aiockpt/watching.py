@@ -25,7 +25,7 @@ from aiockpt.leases import ROOT_LOCK
 from aiockpt.loop_thread import Call
 from aiockpt.manifest import MANIFEST_PATH, TagInfo, check_tag
 from aiockpt.storage.base import Stamp, Storage
-from aiockpt.tag_reader import TagReader
+from aiockpt.tag_reader import TagReader, is_about_content
 from aiockpt.threads import run_blocking
 
 T = TypeVar("T")
@@ -201,7 +201,9 @@ class Watcher(TagReader):
         """The tag in a directory; None where there is none, or a broken one."""
         try:
             return self._find(name)
-        except CorruptCheckpointError as error:
+        except (CorruptCheckpointError, StorageError) as error:
+            if not is_about_content(error):
+                raise
             if name not in self._left_out:
                 self._left_out.add(name)
                 _logger.warning("tag %s is left out: %s", name, error)

@@ -7,6 +7,8 @@ import pty
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from aiockpt import sync
-from aiockpt.cli import app
+from aiockpt.cli import app, verification
 
 STATE = {
     "weight": torch.arange(6.0).reshape(2, 3),
@@ -193,6 +195,33 @@ def test_verify_of_a_sound_root_reads_every_file_and_ends_well(root):
     sizes = [path.stat().st_size for path in root.glob("*/*.pt")]
     assert (found["num_files"], found["nbytes"]) == (3, sum(sizes))
     assert "all sound" in run("verify", root).stdout
+
+
+def test_a_link_to_a_tag_is_none_when_a_root_is_verified(root):
+    (root / "best").symlink_to("step-2")
+    found = result_of("verify", root)
+    assert (found["faults"], found["tags"]) == ([], ["step-1", "step-2"])
+
+
+def test_a_tag_that_is_replaced_while_it_is_verified_is_verified_anew(
+    root, monkeypatch
+):
+    opened = verification.opened
+    replaced: list[str] = []
+
+    def open_late(directory: Path, path: str) -> Any:
+        if not replaced:
+            replaced.append(path)
+            with sync.CheckpointEngine(root) as engine:
+                engine.create("step-1", overwrite=True)
+                engine.save({"other": torch.ones(9)}, "other.pt")
+                engine.commit("step-1")
+        return opened(directory, path)
+
+    monkeypatch.setattr(verification, "opened", open_late)
+    found = result_of("verify", root)
+    assert replaced
+    assert (found["faults"], found["tags"]) == ([], ["step-1", "step-2"])
 
 
 @pytest.mark.parametrize("place", ["", "step-1", "step-1/model.pt"])
@@ -476,6 +505,11 @@ def test_names_from_files_cannot_steer_the_terminal(tmp_path):
     text = run("inspect", tmp_path / "evil.pt").stdout
     assert "\x1b" not in text
     assert r"\x1b[31mred\x07\n[bold]" in text
+
+
+def test_a_key_that_is_no_text_for_a_file_is_escaped(tmp_path):
+    torch.save({"\ud800": torch.ones(2)}, tmp_path / "odd.pt")
+    assert r"\ud800" in run("inspect", "--json", tmp_path / "odd.pt").stdout
 
 
 def test_long_rows_are_not_broken_off_a_terminal(tmp_path):

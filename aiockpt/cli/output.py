@@ -14,6 +14,7 @@ __all__ = [
     "stdout",
 ]
 
+import json
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -49,8 +50,12 @@ def printable(text: str) -> str:
 
 def print_json(result: object) -> None:
     """Prints a result as indented JSON."""
-    text = msgspec.json.format(msgspec.json.encode(result), indent=2)
-    sys.stdout.write(text.decode() + "\n")
+    try:
+        text = msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
+    except UnicodeEncodeError:
+        # A key may be any text, also half of a surrogate pair: escaped, it is JSON.
+        text = json.dumps(msgspec.to_builtins(result), indent=2)
+    sys.stdout.write(f"{text}\n")
 
 
 def print_line(text: str, style: str = "") -> None:

@@ -15,6 +15,7 @@ __all__ = [
 
 import contextlib
 import enum
+import os
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import NamedTuple
@@ -86,18 +87,28 @@ def manifest_of(tag_dir: Path) -> Manifest:
 
 
 def tag_dirs(root: Path) -> list[Path]:
-    """Directories of all published tags, broken ones included, in order of name."""
-    return [path.parent.parent for path in sorted(root.glob(f"*/{MANIFEST_PATH}"))]
+    """Directories of all published tags, broken ones included, in order of name.
+
+    A link to one is none, as for the engine.
+    """
+    found = [path.parent.parent for path in sorted(root.glob(f"*/{MANIFEST_PATH}"))]
+    return [path for path in found if not path.is_symlink()]
 
 
 def work_bytes(root: Path) -> dict[str, int]:
     """Bytes of the unpublished files of each engine that has worked in the root."""
-    return {
-        engine.name: sum(
-            path.lstat().st_size for path in engine.rglob("*") if not path.is_dir()
-        )
-        for engine in (root / PRIVATE_DIR / "work").glob("*/")
-    }
+    engines = (root / PRIVATE_DIR / "work").glob("*/")
+    return {engine.name: _tree_bytes(engine) for engine in engines}
+
+
+def _tree_bytes(directory: Path) -> int:
+    """Bytes of the files in it, which others may remove meanwhile."""
+    nbytes = 0
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                nbytes += Path(parent, name).lstat().st_size
+    return nbytes
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from aiockpt.cli.places import (
     verifier,
 )
 from aiockpt.errors import CheckpointError, CheckpointNotFoundError
-from aiockpt.manifest import FileEntry
+from aiockpt.manifest import FileEntry, Manifest
 from aiockpt.storage.base import ReadFile
 
 Progress = Callable[[int], None]
@@ -107,11 +107,26 @@ def _check_tag(found: Verification, tag_dir: Path, check: Check) -> None:
     try:
         manifest = manifest_of(tag_dir)
     except CheckpointError as error:
-        found.faults.append(_fault(tag_dir, error))
+        # One that was there when tags were listed may be gone.
+        if tag_dir.exists():
+            found.faults.append(_fault(tag_dir, error))
         return
-    found.tags.append(manifest.tag)
+    num_before = len(found.faults)
     for entry in manifest.local_files:
         _check_file(found, tag_dir, entry.path, entry, check)
+    if len(found.faults) > num_before and not _is_still(manifest, tag_dir):
+        # Somebody has deleted or replaced it: that is no damage.
+        del found.faults[num_before:]
+        _check_tag(found, tag_dir, check)
+        return
+    found.tags.append(manifest.tag)
+
+
+def _is_still(manifest: Manifest, tag_dir: Path) -> bool:
+    try:
+        return manifest_of(tag_dir).attempt == manifest.attempt
+    except CheckpointError:
+        return tag_dir.exists()
 
 
 def _check_file(

@@ -64,7 +64,8 @@ def show(storage: torch.UntypedStorage, piece: Piece) -> torch.Tensor:
 
 def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
     """Gives the target the source's elements; autograd does not record it."""
-    with torch.no_grad():
+    # One that was made in inference mode can be changed nowhere else.
+    with torch.inference_mode(target.is_inference()), torch.no_grad():
         target.copy_(source)
 
 

@@ -11,7 +11,7 @@ __all__ = ["NotPlainError", "unpickle_plain"]
 import pickle
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple, cast
 
 import torch
@@ -30,8 +30,6 @@ _OPCODES: Final = (
     *(pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS, pickle.BINPERSID),
     *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
 )
-# From the table, the loop over it and the call that counts.
-_NUM_REFERENCES: Final = 3
 _PROTOCOL_2: Final = b"\x80\x02"
 _MAX_NDIM: Final = 64
 # ("storage", class, key, location, number of elements)
@@ -67,9 +65,18 @@ def unpickle_plain(data: bytes, storages: StorageLoader) -> object:
     # What stands for a storage or a class must not be in the state by itself. It is
     # not if nobody refers to it any more.
     for inner in (machine.globals.values(), making.shown):
-        if any(sys.getrefcount(one) > _NUM_REFERENCES for one in inner):
+        if any(count > _NUM_REFERENCES for count in _counts(inner)):
             raise NotPlainError
     return made
+
+
+def _counts(inner: Iterable[object]) -> list[int]:
+    """References to each, those of a table and of counting them included."""
+    return [sys.getrefcount(one) for one in inner]
+
+
+# What is counted of an object that only a table refers to: it depends on the Python.
+(_NUM_REFERENCES,) = _counts([object()])
 
 
 class _Shown(NamedTuple):

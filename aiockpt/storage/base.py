@@ -241,6 +241,10 @@ class Storage(Protocol):
         """Whether anything stands at `path`."""
         ...
 
+    def length(self, path: str) -> int | None:
+        """Bytes of a file; None where there is none. Follows no link."""
+        ...
+
     def stamp(self, path: str) -> Stamp | None:
         """What tells the file at `path` from others; None where nothing stands there."""
         ...

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from concurrent.futures import Executor
 
 from aiockpt.errors import CheckpointNotFoundError, StorageError
@@ -149,14 +150,24 @@ class LocalStorage:
         """See `Storage.exists`."""
         return os.path.lexists(self._full(path))
 
-    def stamp(self, path: str) -> Stamp | None:
-        """See `Storage.stamp`."""
+    def length(self, path: str) -> int | None:
+        """See `Storage.length`."""
         full = self._full(path)
         with errors_name(full):
             try:
                 status = os.lstat(full)
             except (FileNotFoundError, NotADirectoryError):
                 return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def stamp(self, path: str) -> Stamp | None:
+        """See `Storage.stamp`."""
+        full = self._full(path)
+        with errors_name(full):
+            try:
+                status = os.lstat(full)
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
+                return None  # As `exists`, which cannot see it either.
         identity = status.st_dev, status.st_ino, status.st_size
         return Stamp(identity, status.st_ctime_ns)
 

@@ -30,8 +30,9 @@ _logger = logging.getLogger(__name__)
 # Between looks: where the kernel tells of changes, and where it does not.
 _TOLD_INTERVAL_S = 1.0
 _UNTOLD_INTERVAL_S = 0.2
-# And at least so many times as long as the look itself took.
+# And at least so many times as long as the look itself took, up to a limit.
 _PAUSE_FACTOR = 20
+_MAX_PAUSE_S = 10.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _IN_MOVED_TO = 0x80
@@ -68,22 +69,25 @@ class LocalNotices:
             # Before the look: what appears during it is told by this event.
             changed = self._changed
             self._is_used = True
-            start_s = perf_counter()
-            work: Callable[[], T | None] = functools.partial(self._look, look)
-            found = await run_blocking(self._lookers, work)
+            work: Callable[[], tuple[T | None, float]]
+            work = functools.partial(self._look, look)
+            found, took_s = await run_blocking(self._lookers, work)
             if found is not None:
                 return found
             self._listen()
             # Looking must not become this process's main work.
-            pause_s = max(self._interval_s, _PAUSE_FACTOR * (perf_counter() - start_s))
+            pause_s = min(_PAUSE_FACTOR * took_s, _MAX_PAUSE_S)
+            pause_s = max(self._interval_s, pause_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await changed.wait()
         raise EngineStateError(f"nobody waits for {self._full!r} any more")
 
-    def _look(self, look: Callable[[], T | None]) -> T | None:
+    def _look(self, look: Callable[[], T | None]) -> tuple[T | None, float]:
+        """What was found, and how long looking took: waiting for a thread is no work."""
+        start_s = perf_counter()
         self._watch()
-        return look()
+        return look(), perf_counter() - start_s
 
     def _watch(self) -> None:
         """Has the kernel tell of changes from now on, where it will."""

@@ -452,7 +452,15 @@ class StorageContract:
 
         assert not storage.exists("d")
 
-    # --- stamps -------------------------------------------------------------------
+    # --- lengths and stamps ---------------------------------------------------------
+
+    def test_only_a_file_has_a_length(self, storage: Storage) -> None:
+        """Nothing else is taken for one that was written."""
+        storage.make_dirs("d")
+        storage.write_durable("d/f", b"abc")
+        assert storage.length("d/f") == 3
+        for other in ("d", "missing", "d/f/g"):
+            assert storage.length(other) is None
 
     def test_a_file_keeps_its_stamp_when_its_directory_moves(
         self, storage: Storage

@@ -206,6 +206,15 @@ async def test_a_broken_tag_is_left_out_and_told_of_once(root, engine, caplog):
     assert "tag b is left out" in caplog.text
 
 
+async def test_a_link_where_a_manifest_should_be_is_left_out(root, engine):
+    await make_elsewhere(root, "a")
+    (root / "x" / ".aiockpt").mkdir(parents=True)
+    (root / "x" / ".aiockpt" / "manifest.json").symlink_to("nowhere")
+    watch = engine.watch("a")
+    await make_elsewhere(root, "b")
+    assert await first(watch, 1) == ["b"]
+
+
 # --- when it is yielded -----------------------------------------------------------
 
 
