@@ -31,15 +31,22 @@ def adopt(storage: Storage, source: str, target: str, known: Collection[str]) ->
     Raises:
         StorageError: The file system refused. Nothing of `source` has changed.
     """
-    made: list[str] = []
+    touched: set[str] = set()
     for path in _files(storage, source, known):
         parent = path.rpartition("/")[0]
         if parent:
-            made += storage.make_dirs(f"{target}/{parent}")
+            storage.make_dirs(f"{target}/{parent}")
         if not storage.exists(f"{target}/{path}"):
             storage.link(f"{source}/{path}", f"{target}/{path}")
-    for directory in reversed(made):
-        storage.sync_dir(directory)
+            touched.update(_ancestors(path))
+    # What is inside first; the target itself is synced by who shows it.
+    for directory in sorted(touched, key=len, reverse=True):
+        storage.sync_dir(f"{target}/{directory}")
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    while path := path.rpartition("/")[0]:
+        yield path
 
 
 def adopt_late(

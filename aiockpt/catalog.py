@@ -368,19 +368,25 @@ class Catalog(TagReader):
 
     # --- deleting ------------------------------------------------------------
 
-    def delete(self, tag: str) -> None:
+    def delete(self, tag: str, published_ns: int | None = None) -> None:
         """Unpublishes a tag, durably and at once, then removes its files.
 
         `latest` moves to the newest tag left where it named this one.
 
+        Args:
+            tag: Its name.
+            published_ns: The one that was published then, and no other of that name.
+
         Raises:
             CheckpointNotFoundError: No such tag.
-            EngineStateError: Somebody holds a lease on it.
+            EngineStateError: Somebody holds a lease on it, or has replaced it.
             StorageError: The file system refused; the tag is gone or whole.
         """
         with self._changing_tags():
             if not self._is_published(check_tag(tag)):
                 self.manifest(tag)
+            if published_ns not in (None, self._published_ns(tag)):
+                raise EngineStateError(f"tag {tag!r} has been replaced meanwhile")
             self.leases.check_unread(tag)
             latest = self._read_pointer(LATEST)
             # Only now: where there is no such tag, nothing may be left of the attempt.
@@ -390,6 +396,13 @@ class Catalog(TagReader):
             if latest is not None and latest.tag == tag:
                 self._retreat_latest()
         self._storage.remove_tree(directory)
+
+    def _published_ns(self, tag: str) -> int | None:
+        """None where the manifest is damaged: such a tag can be deleted."""
+        try:
+            return self.manifest(tag).published_ns
+        except CorruptCheckpointError:
+            return None
 
     def _retreat_latest(self) -> None:
         newest = self._newest()

@@ -59,7 +59,7 @@ class StagingGate:
         self._staging: dict[int, Staging] = {}
         self._changed = threading.Condition()
         self._pid = os.getpid()
-        self._hook = register_optimizer_step_pre_hook(self._before_step)
+        _hook.add(self)
 
     @property
     def _is_forked(self) -> bool:
@@ -115,15 +115,14 @@ class StagingGate:
                 self._changed.wait()
 
     def close(self) -> None:
-        """Takes the hook out of torch and lets everyone through."""
-        self._hook.remove()
+        """Lets everyone through, from now on."""
+        _hook.remove(self)
         with self._changed:
             self._staging.clear()
             self._changed.notify_all()
 
-    def _before_step(
-        self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object
-    ) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer is about to change its tensors: it waits, or it is noted."""
         if not self._staging or self._is_forked:
             return
         if self._is_holding:
@@ -133,6 +132,42 @@ class StagingGate:
         with self._changed:
             for save in self._staging.values():
                 save.note_step(touched)
+
+
+class _Hook:
+    """The one hook in torch, of all gates; it stays once it is there.
+
+    torch goes over its hooks while they run, and an optimizer may be waiting in one: if
+    another came or went meanwhile, its step would fail.
+    """
+
+    def __init__(self) -> None:
+        self._changing = threading.Lock()
+        self._is_registered = False
+        # Replaced, never changed: a step may be going over it.
+        self.gates: tuple[StagingGate, ...] = ()
+
+    def add(self, gate: StagingGate) -> None:
+        """From the next step on, optimizers ask it."""
+        with self._changing:
+            self.gates = (*self.gates, gate)
+            if not self._is_registered:
+                register_optimizer_step_pre_hook(self._before_step)
+                self._is_registered = True
+
+    def remove(self, gate: StagingGate) -> None:
+        """Optimizers do not ask it any more. Idempotent."""
+        with self._changing:
+            self.gates = tuple(each for each in self.gates if each is not gate)
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object
+    ) -> None:
+        for gate in self.gates:
+            gate.before_step(optimizer)
+
+
+_hook = _Hook()
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:

@@ -330,12 +330,12 @@ class Runtime:
         if not self._retention:
             return
         try:
-            tags = [info.tag for info in await self.tags()]
-            for tag in expired(tags, self._retention):
+            published = {info.tag: info.published_ns for info in await self.tags()}
+            for tag in expired(list(published), self._retention):
                 # The tidying of another commit may have been first. What is being read
-                # is left to that of a later one.
+                # is left to that of a later one, and what has been saved anew stays.
                 with suppress(CheckpointNotFoundError, EngineStateError):
-                    await self.delete(tag)
+                    await self._delete(tag, published[tag])
         except Exception as error:  # noqa: BLE001 - a policy is the user's code
             _logger.warning("old tags of %s remain: %s", self.root, error)
 
@@ -375,8 +375,11 @@ class Runtime:
     async def delete(self, tag: str) -> None:
         """Unpublishes a tag, then removes its files."""
         check_tag(tag)
+        await self._delete(tag)
+
+    async def _delete(self, tag: str, published_ns: int | None = None) -> None:
         await self._blocking(self._catalog.open_work)
-        await self._blocking(self._catalog.delete, tag)
+        await self._blocking(self._catalog.delete, tag, published_ns)
 
     def reading(self, tag: str | None) -> Reading:
         """A lease on a published tag, to be begun."""

@@ -59,14 +59,16 @@ class _Copies:
         if not _is_plain(tensor):
             return tensor
         storage = tensor.untyped_storage()
-        pointer = storage.data_ptr()
-        if storage.nbytes() > _MAX_COPIED_BYTES and pointer not in self._pointers:
+        is_changing = storage.data_ptr() in self._pointers
+        if storage.nbytes() > _MAX_COPIED_BYTES and not is_changing:
             return tensor
-        if pointer not in self._storages:
-            self._storages[pointer] = storage.clone()  # type: ignore[no-untyped-call]
+        # Not by its address: two storages may begin at one, and differ in length.
+        key = storage._cdata  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        if key not in self._storages:
+            self._storages[key] = storage.clone()  # type: ignore[no-untyped-call]
         copied = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         offset, shape = tensor.storage_offset(), tensor.shape
-        return copied.set_(self._storages[pointer], offset, shape, tensor.stride())
+        return copied.set_(self._storages[key], offset, shape, tensor.stride())
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

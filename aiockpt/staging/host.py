@@ -60,5 +60,8 @@ def copy_host_piece(lease: Lease, copy: Copy, source: Source) -> None:
     if isinstance(source, bytes):
         lease.view[at : at + nbytes] = source[start : start + nbytes]
     else:
+        if source.storage.nbytes() < source.start + start + nbytes:
+            text = "a tensor's memory was given back while it was being saved"
+            raise StagingError(text)
         address = source.storage.data_ptr() + source.start + start
         copy_bytes(lease.address + at, address, nbytes)

@@ -212,6 +212,8 @@ class LocalStorage:
                 is_link = os.path.islink(self._full(source))
                 copy = shutil.copyfile if is_link else shutil.copy2
                 copy(self._full(source), full, follow_symlinks=False)
+                if not is_link:
+                    _sync_file(full)
 
     def remove(self, path: str) -> None:
         """See `Storage.remove`."""
@@ -252,6 +254,14 @@ class LocalStorage:
                     lock.release()
                     raise
                 lock.release()
+
+
+def _sync_file(full: str) -> None:
+    descriptor = os.open(full, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_dir(entry: "os.DirEntry[str]") -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from aiockpt import CheckpointEngine, EngineStateError, StorageError, saver
+from aiockpt import CheckpointEngine, EngineStateError, StorageError, guard, saver
 from aiockpt.machinery import Machinery
 from aiockpt.staging import host
 from equality import assert_same_state
@@ -192,9 +192,11 @@ async def test_a_step_goes_on_when_the_tag_is_dropped(end, root, monkeypatch):
     await engine.aclose()
 
 
-async def test_the_hook_is_gone_with_the_engine(root):
-    hooks = torch_optimizer._global_optimizer_pre_hooks
-    before = dict(hooks)
+async def test_there_is_one_hook_and_it_forgets_an_engine_that_is_closed(root):
     async with CheckpointEngine(root):
-        assert len(hooks) == len(before) + 1
-    assert dict(hooks) == before
+        before = dict(torch_optimizer._global_optimizer_pre_hooks)
+        gates = guard._hook.gates
+        async with CheckpointEngine(f"{root}-2"):
+            assert len(guard._hook.gates) == len(gates) + 1
+    assert len(guard._hook.gates) == len(gates) - 1
+    assert dict(torch_optimizer._global_optimizer_pre_hooks) == before

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim import optimizer as torch_optimizer
 
-from aiockpt import CheckpointEngine, CheckpointError, saver
+from aiockpt import CheckpointEngine, CheckpointError, guard, saver
 from aiockpt.attempt import Attempt
 from aiockpt.errors import EngineStateError, StorageError
 from aiockpt.loop_thread import Call
@@ -58,13 +57,13 @@ async def test_a_save_for_which_there_is_no_thread_fails_the_tag(
 
 
 def test_an_engine_for_which_there_is_no_thread_leaves_nothing(root, no_more_threads):
-    hooks = len(torch_optimizer._global_optimizer_pre_hooks)
+    gates = guard._hook.gates
     no_more_threads()
     with pytest.raises(RuntimeError, match="can't start new thread"):
         CheckpointEngine(root)
     # What was left open would warn now.
     gc.collect(1)
-    assert len(torch_optimizer._global_optimizer_pre_hooks) == hooks
+    assert guard._hook.gates == gates
 
 
 async def test_a_commit_does_not_wait_for_a_save_that_was_refused(root, monkeypatch):

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,3 +82,15 @@ def test_objects_of_other_classes_are_left_as_they_are():
     other = Mapping(w=torch.ones(2))
 
     assert with_copies({"other": other})["other"] is other
+
+
+@pytest.mark.parametrize("order", [("part", "whole"), ("whole", "part")])
+def test_two_storages_at_one_address_are_two(order):
+    numbers = np.arange(100, dtype=np.int64)
+    made = {
+        "part": torch.from_numpy(numbers[:5]),
+        "whole": torch.from_numpy(numbers),
+    }
+    taken = with_copies({name: made[name] for name in order})
+    assert taken["part"].tolist() == numbers[:5].tolist()
+    assert taken["whole"].tolist() == numbers.tolist()

@@ -638,3 +638,13 @@ def test_an_overwrite_that_can_neither_be_synced_nor_undone_keeps_both_copies(
         assert (root / directory / "model.pt").read_bytes() == b"old"
         assert (root / "one" / "model.pt").read_bytes() == b"new"
     assert (root / directory / "model.pt").read_bytes() == b"old"
+
+
+def test_a_tag_that_was_replaced_meanwhile_is_not_the_one_to_be_deleted(catalog, root):
+    old = publish(catalog, root, "a").published_ns
+    new = publish(catalog, root, "a", is_overwrite=True).published_ns
+    with pytest.raises(EngineStateError, match="replaced"):
+        catalog.delete("a", old)
+    assert catalog.manifest("a").published_ns == new
+    catalog.delete("a", new)
+    assert catalog.tags() == []

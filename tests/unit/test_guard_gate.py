@@ -263,3 +263,23 @@ def test_nobody_is_held_for_ever_or_let_through_too_early(gate, seed):
     for thread in threads:
         thread.result(LIMIT_S)
     assert gate._staging == {}
+
+
+@pytest.mark.parametrize("change", ["come", "go"])
+def test_a_step_that_waits_goes_on_whichever_gates_come_and_go_meanwhile(gate, change):
+    # It is asked after the one that the step waits in.
+    other = StagingGate(is_holding=True)
+    (save,) = entered(gate)
+    optimizer = sgd()
+    stepping = held_at(gate, optimizer.step)
+    if change == "come":
+        newest = StagingGate(is_holding=True)
+    else:
+        other.close()
+    gate.leave(save)
+    stepping.result(LIMIT_S)
+    (parameter,) = optimizer.param_groups[0]["params"]
+    assert parameter.tolist() == [-1.0] * 4
+    if change == "come":
+        newest.close()
+        other.close()

@@ -185,3 +185,14 @@ def test_a_source_on_another_device_is_refused_by_name(stager):
     storage = torch.zeros(4, device="meta").untyped_storage()
     with pytest.raises(StagingError, match="meta"):
         stager.check([b"pickle", Span(storage, 0, 4)])
+
+
+@pytest.mark.parametrize("length", [0, 99])
+async def test_memory_that_was_given_back_is_not_read(stager, ring, length):
+    storage = torch.ones(100, dtype=torch.uint8).untyped_storage()
+    (chunk,) = chunks(Layout(100, [Data(0, 100, 0)]), ring.chunk_bytes)
+    storage.resize_(length)
+    lease = await ring.lease()
+    with pytest.raises(StagingError, match="given back"):
+        await stager.fill(lease, chunk, [Span(storage, 0, 100)])
+    lease.release()
