@@ -132,7 +132,7 @@ class FileAccess:
         None where that is done: the engine has ended, and nothing reads any more.
         """
         try:
-            return self.host.spawn_last(self._close())
+            return self.host.spawn_last(outlast(self._close()))
         except EngineStateError:
             self._turns = None
             lazy, self._lazy = self._lazy, None

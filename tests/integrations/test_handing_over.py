@@ -54,6 +54,16 @@ def test_saves_elsewhere_are_written_as_ever(tmp_path, save, saves):
     assert (tmp_path / "in/named.safetensors").exists()
 
 
+def test_a_name_that_says_another_container_is_left_to_who_saves(tmp_path, save, saves):
+    state = {"w": torch.ones(2)}
+    with handed_over(str(tmp_path), save):
+        torch.save(state, tmp_path / "a.safetensors")
+        safetensors.save_file(state, tmp_path / "b.st", metadata={"k": "v"})
+    assert saves == []
+    assert torch.load(tmp_path / "a.safetensors")["w"].tolist() == [1, 1]
+    assert safetensors.load_file(tmp_path / "b.st")["w"].tolist() == [1, 1]
+
+
 def test_a_block_within_a_block_takes_what_is_its_own(tmp_path, save, saves):
     inner: list[object] = []
 
