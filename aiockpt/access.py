@@ -132,7 +132,7 @@ class FileAccess:
         None where that is done: the engine has ended, and nothing reads any more.
         """
         try:
-            return self.host.spawn_last(outlast(self._close()))
+            return self.host.spawn_last(self._close())
         except EngineStateError:
             self._turns = None
             lazy, self._lazy = self._lazy, None
@@ -144,8 +144,12 @@ class FileAccess:
         lazy, self._lazy = self._lazy, None
         turns, self._turns = self._turns, None
         if lazy is not None and turns is not None:
-            async with turns:
-                await self.host.loader.run(lambda _: lazy.close())
+            # To the end: nobody else knows of it any more.
+            await outlast(self._close_in_turn(lazy, turns))
+
+    async def _close_in_turn(self, lazy: LazyFile, turns: asyncio.Lock) -> None:
+        async with turns:
+            await self.host.loader.run(lambda _: lazy.close())
 
 
 class CheckpointFile:

@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+import zipfile
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_a_name_that_says_another_container_is_left_to_who_saves(tmp_path, save,
         torch.save(state, tmp_path / "a.safetensors")
         safetensors.save_file(state, tmp_path / "b.st", metadata={"k": "v"})
     assert saves == []
-    assert torch.load(tmp_path / "a.safetensors")["w"].tolist() == [1, 1]
+    assert zipfile.is_zipfile(tmp_path / "a.safetensors")
     assert safetensors.load_file(tmp_path / "b.st")["w"].tolist() == [1, 1]
 
 
