@@ -1,4 +1,4 @@
-"""Shows: `python -m bench.report [RESULTS.jsonl]` writes `docs/performance.md`."""
+"""Shows: `python -m bench.report [RESULTS.jsonl ...]` writes `docs/performance.md`."""
 
 import argparse
 import sys
@@ -11,13 +11,15 @@ _ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
-    """Writes the page of a result file, by default of the newest that is kept."""
+    """Writes the page of some result files, by default of all that are kept.
+
+    Of a case that was measured several times the last stands there.
+    """
     parser = argparse.ArgumentParser(prog="bench.report", description=__doc__)
-    parser.add_argument("results", nargs="?", type=Path)
+    parser.add_argument("results", nargs="*", type=Path)
     parser.add_argument("--docs", type=Path, default=_ROOT / "docs")
     arguments = parser.parse_args()
-    named = [arguments.results] if arguments.results else []
-    results = read(named, _ROOT / "bench" / "results")
+    results = read(arguments.results, _ROOT / "bench" / "results")
     plots = arguments.docs / "assets" / "performance"
     page.write(results, arguments.docs / "performance.md", plots)
     print(f"{results.path.name} → {arguments.docs / 'performance.md'}", file=sys.stderr)

@@ -27,6 +27,8 @@ What aiockpt costs beside the raw disk, and beside the tools that people use tod
 figure where another tool is better stays in.
 
 """
+# Written by hand: what single benchmarks told before there was this suite.
+_EARLIER = Path(__file__).with_name("earlier.md")
 _METHOD = """\
 ## How it was measured
 
@@ -85,6 +87,7 @@ def _parts(results: Results, page: Path, plots: Path) -> Iterator[str]:
     yield deepspeed.section(results.path.parent)
     yield _ranks(results)
     yield _contenders(results)
+    yield _EARLIER.read_text(encoding="utf-8")
 
 
 def _source(results: Results) -> str:
@@ -103,13 +106,27 @@ def _source(results: Results) -> str:
             f"`{results.scale}` scale; targets are for full sizes.\n"
         )
     )
-    name = results.path.name
     return (
-        f"All numbers on this page come from [`{name}`](results/{name}.txt), measured "
-        f"at commit `{machine['commit']}` on {machine['cores']} cores "
-        f"({machine['processor']}), {machine['memory_gib']} GiB of memory, "
-        f"{machine['file_system']}, kernel {machine['kernel']}; {versions}.\n{scale}\n"
+        f"Measured on {machine['cores']} cores ({machine['processor']}), "
+        f"{machine['memory_gib']} GiB of memory, {machine['file_system']}, kernel "
+        f"{machine['kernel']}; {versions}. {_files(results)}\n{scale}\n"
     )
+
+
+def _files(results: Results) -> str:
+    """Which numbers come from which file."""
+    cases: dict[tuple[Path, str], list[str]] = {}
+    for case, source in results.sources.items():
+        cases.setdefault(source, []).append(case)
+    links = {
+        (path, commit): f"[`{path.name}`](results/{path.name}.txt), commit `{commit}`"
+        for path, commit in cases
+    }
+    if len(cases) == 1:
+        (link,) = links.values()
+        return f"All numbers come from {link}."
+    told = "; ".join(f"{link}: {', '.join(cases[key])}" for key, link in links.items())
+    return f"The numbers come from {told}."
 
 
 def _targets(results: Results) -> str:

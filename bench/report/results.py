@@ -114,14 +114,15 @@ class CellResults:
 
 @dataclass
 class Results:
-    """One result file.
+    """One result file, or several of one machine.
 
     Attributes:
-        path: The file.
+        path: The file, or the newest.
         machine: Where it was measured, and what.
         scale: How much was measured.
         cells: By case and cell.
         ranks: How long ranks take to agree, a line for each number of them.
+        sources: By case, the file and the commit.
     """
 
     path: Path
@@ -129,6 +130,7 @@ class Results:
     scale: str
     cells: dict[tuple[str, str], CellResults] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
+    sources: dict[str, tuple[Path, str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, path: Path) -> Self:
@@ -144,7 +146,40 @@ class Results:
             results = cls(path, head["machine"], head["scale"])
             for line in lines:
                 results._add(json.loads(line))
+        commit = results.machine["commit"]
+        measured = {case for case, _ in results.cells}
+        if results.ranks:
+            measured.add("ranks")
+        results.sources = dict.fromkeys(measured, (path, commit))
         return results
+
+    @classmethod
+    def merged(cls, parts: Sequence[Self]) -> Self:
+        """The cases of all parts; each as the last that has measured it.
+
+        Raises:
+            ValueError: They are of two machines, or of two scales.
+        """
+        last = parts[-1]
+        merged = cls(last.path, last.machine, last.scale)
+        for part in parts:
+            if part.place != last.place:
+                raise ValueError(f"{part.path} is not of the machine of {last.path}")
+            kept = {
+                key: cell
+                for key, cell in merged.cells.items()
+                if key[0] not in part.sources
+            }
+            merged.cells = kept | part.cells
+            merged.ranks = part.ranks or merged.ranks
+            merged.sources |= part.sources
+        return merged
+
+    @property
+    def place(self) -> tuple[str, dict[str, Any]]:
+        """What results that are merged have in common."""
+        machine = {key: each for key, each in self.machine.items() if key != "commit"}
+        return self.scale, machine
 
     def _add(self, line: dict[str, Any]) -> None:
         if "machine" in line:
@@ -179,10 +214,14 @@ class Results:
 
 
 def read(paths: Sequence[Path], directory: Path) -> Results:
-    """The file that is named, or the newest of a directory."""
-    if paths:
-        return Results.of(paths[0])
-    newest = sorted(directory.glob("suite_*.jsonl"), key=lambda p: p.name.split("_")[2])
-    if not newest:
+    """The files that are named, or all of a directory; of each case the last."""
+    newest_last = sorted(directory.glob("suite_*.jsonl"), key=_when)
+    found = list(paths) or newest_last
+    if not found:
         raise FileNotFoundError(f"no suite_*.jsonl in {directory}")
-    return Results.of(newest[-1])
+    return Results.merged([Results.of(path) for path in found])
+
+
+def _when(path: Path) -> str:
+    """The time in a name: `suite_2cores_20261128T1122_COMMIT.jsonl`."""
+    return path.name.split("_")[2]
