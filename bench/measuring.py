@@ -19,7 +19,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -248,8 +248,10 @@ def children_bytes() -> int:
     """Private resident bytes of the processes that this one has started."""
     total = 0
     for task in Path("/proc/self/task").iterdir():
-        for child in (task / "children").read_text(encoding="ascii").split():
-            total += 1024 * _field("status", "RssAnon", process=child)
+        # Threads and processes end while they are counted.
+        with suppress(FileNotFoundError, ProcessLookupError, LookupError):
+            for child in (task / "children").read_text(encoding="ascii").split():
+                total += 1024 * _field("status", "RssAnon", process=child)
     return total
 
 
