@@ -22,9 +22,9 @@ from aiockpt.catalog import Catalog
 from aiockpt.errors import UnsafePickleError
 from aiockpt.leases import Leases
 from aiockpt.loading.unpickling import Unpickling
-from aiockpt.runtime import Runtime
 from aiockpt.storage import local, local_calls, local_write
 from aiockpt.storage.local import LocalStorage
+from aiockpt.tag_loader import TagLoader
 from aiockpt.tag_reader import LATEST
 
 WriteFile = local_write.LocalWriteFile
@@ -122,14 +122,14 @@ def failed_sync_of_a_tag_not_undone(patch: pytest.MonkeyPatch) -> None:
 
 
 def checksums_not_looked_at(patch: pytest.MonkeyPatch) -> None:
-    load = Runtime.load
+    load = TagLoader.load
 
     async def load_unchecked(
-        runtime: Runtime, path: Any, tag: str | None, options: Any
+        loader: TagLoader, path: Any, tag: str | None, options: Any
     ) -> Any:
-        return await load(runtime, path, tag, replace(options, verify=False))
+        return await load(loader, path, tag, replace(options, verify=False))
 
-    patch.setattr(Runtime, "load", load_unchecked)
+    patch.setattr(TagLoader, "load", load_unchecked)
 
 
 def acknowledged_before_the_rename(patch: pytest.MonkeyPatch) -> None:
