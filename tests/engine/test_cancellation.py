@@ -263,9 +263,9 @@ async def test_what_is_queued_and_cancelled_never_runs(root, monkeypatch):
     asked = []
     open_file = Catalog.open_file
 
-    def noted(catalog, path, tag):
+    def noted(catalog, path, tag, *rest):
         asked.append(tag)
-        return open_file(catalog, path, tag)
+        return open_file(catalog, path, tag, *rest)
 
     monkeypatch.setattr(Catalog, "open_file", noted)
     async with engine_with_tags(root) as engine:
