@@ -385,7 +385,7 @@ class Catalog(TagReader):
         with self._changing_tags():
             if not self._is_published(check_tag(tag)):
                 self.manifest(tag)
-            if published_ns not in (None, self._published_ns(tag)):
+            if published_ns is not None and published_ns != self._published_ns(tag):
                 raise EngineStateError(f"tag {tag!r} has been replaced meanwhile")
             self.leases.check_unread(tag)
             latest = self._read_pointer(LATEST)
