@@ -153,11 +153,13 @@ async def _join(
         # No host is nameless: those without a name are no leaders.
         host = (os.uname().nodename or "localhost") if is_leader else ""
         verdict = await ranks.consult(topic, host.encode(), decide)
-    except BaseException as error:
-        # A `PeerError` is the verdict: there is nobody left to tell.
-        if not isinstance(error, PeerError):
-            told = error if isinstance(error, Exception) else RuntimeError("cancelled")
-            await outlast(ranks.object(topic, told, "create"))
+    except PeerError:
+        # That is the verdict: there is nobody left to tell.
+        raise
+    except Exception as error:
+        raise await outlast(ranks.object(topic, error, "create")) or error from error
+    except BaseException:
+        await outlast(ranks.object(topic, RuntimeError("cancelled"), "create"))
         raise
     return msgspec.json.decode(verdict, type=dict[int, str])
 
@@ -174,8 +176,7 @@ async def _own_place(
     try:
         number = await run_blocking(planners, catalog.place, place.directory)
     except Exception as error:
-        await ranks.object(topic, error, "create")  # noqa: ASYNC120 - a cancellation tells more
-        raise
+        raise await ranks.object(topic, error, "create") or error from error
     await ranks.consult(topic, b"", decide)
     return number
 

@@ -15,8 +15,8 @@ from typing import Self
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-# Written by `nox -s faults`.
-GENERATED = {DOCS / "faults.md"}
+# Written by `nox -s faults` and `nox -s bench`.
+GENERATED = {DOCS / "faults.md", DOCS / "performance.md"}
 PAGES = [
     page
     for page in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))
