@@ -3,6 +3,7 @@
 __all__ = [
     "GIB",
     "MIB",
+    "Cache",
     "Clock",
     "Memory",
     "can_drop_caches",
@@ -21,6 +22,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
@@ -141,8 +143,12 @@ def _warm_libraries() -> None:
     would read tens of MiB of torch along with the file.
     """
     maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    for path in {line[line.index("/") :] for line in maps if line.endswith(".so")}:
-        _warm(Path(path))
+    mapped = {
+        Path(line[line.index("/") :]) for line in maps if "r-xp" in line and "/" in line
+    }
+    for path in mapped:
+        if path.is_file():
+            _warm(path)
 
 
 def _warm(path: Path) -> None:
@@ -174,6 +180,20 @@ def touch_mapping(directory: Path) -> None:
 # ------------------------------------------------------------ time and memory
 
 
+class Cache(StrEnum):
+    """What the page cache has of files that are to be read.
+
+    Attributes:
+        EMPTY: Nothing; for root only.
+        FULL: All of it.
+        LEFT: What their save has left there.
+    """
+
+    EMPTY = "empty"
+    FULL = "full"
+    LEFT = "left"
+
+
 class Clock:
     """Measures one load in this process.
 
@@ -186,13 +206,13 @@ class Clock:
             the start; pages of mapped files count.
     """
 
-    def __init__(self, *, is_cold: bool) -> None:
+    def __init__(self, cache: Cache) -> None:
         """Nothing measured yet.
 
         Args:
-            is_cold: Whether files are read from the disk, or from the page cache.
+            cache: What the page cache has of the files.
         """
-        self.is_cold = is_cold
+        self.cache = cache
         self.seconds = 0.0
         self.rchar_bytes = 0
         self.read_bytes = 0
@@ -201,10 +221,10 @@ class Clock:
     @contextmanager
     def reading(self, directory: Path) -> Iterator[None]:
         """Measures the block; before it, files leave or enter the page cache."""
-        if self.is_cold:
+        if self.cache is Cache.EMPTY:
             _drop_caches()
             _warm_libraries()
-        else:
+        elif self.cache is Cache.FULL:
             for path in directory.rglob("*"):
                 if path.is_file():
                     _warm(path)

@@ -3,6 +3,7 @@
 __all__ = ["Run"]
 
 import json
+import os
 import random
 import tempfile
 from collections.abc import Iterable
@@ -116,6 +117,8 @@ class _Turns:
     def _measure(self, name: str, number: int, *, is_warm_up: bool) -> bool:
         """Whether a contender was measured once."""
         tag = f"step-{number}"
+        # What the one before has written or removed is not this one's to wait for.
+        os.sync()
         try:
             if self._case.prepare is None:
                 measured = self._sessions[name].ask(tag)

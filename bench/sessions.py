@@ -3,6 +3,7 @@
 __all__ = ["Bench", "ContenderError", "Session"]
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import traceback
@@ -142,6 +143,8 @@ def _serve(pipe: Connection, task: Task) -> None:
     try:
         contender = CONTENDERS[task.contender]()
         state = task.workload.state(mapped(task.memory))
+        for name in contender.modules:
+            importlib.import_module(name)
         memory = Memory()
         contender.setup(task.directory, task.options)
         bench = Bench(contender, task.workload, state, memory, task.settings)

@@ -80,11 +80,15 @@ async def _beating(bench: Bench, tag: str) -> dict[str, float]:
 def _cells(scale: Scale) -> Sequence[Cell]:
     workload = Workload(scale.size(4 * GIB), scale.number(300))
     small = Workload(scale.size(1 * GIB), scale.number(300))
-    idle = {"idle_s": scale.seconds(1.0)}
     peers = (OURS, DCP_THREAD, DCP_STAGED, _AWAITED, _IN_THREAD, TORCH)
+
+    def settings(idle_s: float) -> dict[str, float]:
+        # About as long as a save: of a longer time the longest gap is longer.
+        return {"idle_s": scale.seconds(idle_s)}
+
     return [
-        Cell("4 GiB", workload, (OURS,), scale.repeats(5), settings=idle),
-        Cell("1 GiB", small, peers, scale.repeats(3), settings=idle),
+        Cell("4 GiB", workload, (OURS,), scale.repeats(5), settings=settings(8.0)),
+        Cell("1 GiB", small, peers, scale.repeats(5), settings=settings(2.0)),
     ]
 
 

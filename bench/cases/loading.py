@@ -9,7 +9,7 @@ from typing import Any
 from bench.cases.base import Case, Cell
 from bench.cases.saving import DCP_THREAD, META, OURS, RAW, SAFETENSORS, TORCH
 from bench.contenders.raw import Writing
-from bench.measuring import Clock, can_drop_caches, touch_mapping
+from bench.measuring import Cache, Clock, can_drop_caches, touch_mapping
 from bench.sessions import Bench
 from bench.workloads import GIB, Scale, Workload
 
@@ -27,41 +27,45 @@ def _prepare(bench: Bench, tag: str) -> dict[str, float]:
 
 
 def _measure(bench: Bench, tag: str, *, is_in_place: bool) -> dict[str, float]:
-    """One load, with a cold cache where it can be dropped."""
+    """One load, from a page cache as the cell wants it."""
     del tag
     contender, state = bench.contender, bench.state
     keys = [bench.workload.middle] if bench.settings.get("is_partial") else None
-    if isinstance(contender, Writing) and bench.settings.get("is_touched", True):
+    if isinstance(contender, Writing) and contender.is_touched:
         contender.get_ready(sum(each.nbytes for each in state.values()))
     like: Mapping[str, Any] = state
     if is_in_place:
         like = {name: tensor.new_ones(tensor.shape) for name, tensor in state.items()}
-    clock = Clock(is_cold=bench.settings["is_cold"] and can_drop_caches())
+    cache = bench.settings["cache"]
+    if cache is Cache.EMPTY and not can_drop_caches():
+        cache = Cache.FULL
+    clock = Clock(cache)
     with clock.reading(contender.directory / _TAG):
         loaded = contender.load(_TAG, like, is_in_place=is_in_place, keys=keys)
         if contender.is_lazy and not (keys or is_in_place):
             touch_mapping(contender.directory)
     bench.check(loaded, keys)
-    return {"is_cold": clock.is_cold, **clock.costs()}
+    return {"is_cold": cache is Cache.EMPTY, **clock.costs()}
 
 
 def _fresh(scale: Scale) -> Sequence[Cell]:
-    contenders = (RAW, OURS, _UNVERIFIED, TORCH, _MMAPPED, SAFETENSORS)
-    # What went through the page cache is there still.
-    again = "1 GiB, right after the save"
+    contenders = (OURS, _UNVERIFIED, TORCH, _MMAPPED, SAFETENSORS)
+    limits = (RAW, "raw O_DIRECT, fresh memory")
+    left, full = "1 GiB, right after the save", "1 GiB, from the page cache"
     return [
-        _cell(scale, "4 GiB", 4, contenders, 5),
-        _cell(scale, again, 1, contenders, 5, is_cold=False),
+        _cell(scale, "4 GiB", 4, (*limits, *contenders), 5),
+        _cell(scale, left, 1, (*limits, *contenders), 5, cache=Cache.LEFT),
+        _cell(scale, full, 1, contenders, 5, cache=Cache.FULL),
     ]
 
 
 def _in_place(scale: Scale) -> Sequence[Cell]:
-    return [_cell(scale, "4 GiB", 4, (RAW, OURS, _MMAPPED, SAFETENSORS), 5)]
+    return [_cell(scale, "4 GiB", 4, (RAW, OURS, TORCH, _MMAPPED, SAFETENSORS), 5)]
 
 
 def _others(scale: Scale) -> Sequence[Cell]:
     contenders = (RAW, OURS, TORCH, DCP_THREAD, "torchsnapshot take + fsync", META)
-    return [_cell(scale, "0.5 GiB, in place", 0.5, contenders, 3)]
+    return [_cell(scale, "0.5 GiB, in place", 0.5, contenders, 5)]
 
 
 def _partial(scale: Scale) -> Sequence[Cell]:
@@ -76,13 +80,13 @@ def _cell(
     contenders: Sequence[str],
     repeats: int,
     *,
-    is_cold: bool = True,
+    cache: Cache = Cache.EMPTY,
 ) -> Cell:
     workload = Workload(scale.size(int(gib * GIB)), scale.number(300))
     # Who only looks whether it runs leaves the machine's caches alone.
     settings = {
         "is_partial": name.startswith("one of"),
-        "is_cold": is_cold and scale is not Scale.TINY,
+        "cache": Cache.LEFT if scale is Scale.TINY else cache,
     }
     return Cell(name, workload, contenders, scale.repeats(repeats), settings=settings)
 

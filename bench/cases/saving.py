@@ -108,7 +108,7 @@ def _field(scale: Scale) -> Sequence[Cell]:
         LIGHTNING,
     )
     workload = Workload(scale.size(GIB // 2), scale.number(300))
-    return [Cell("0.5 GiB", workload, contenders, scale.repeats(3))]
+    return [Cell("0.5 GiB", workload, contenders, scale.repeats(5))]
 
 
 def _stall(scale: Scale) -> Sequence[Cell]:
@@ -130,7 +130,7 @@ def _stall(scale: Scale) -> Sequence[Cell]:
             "2 GiB, ring an eighth of the state",
             size,
             (OURS,),
-            scale.repeats(3),
+            scale.repeats(5),
             options=Options(ring_gib=max(size.nbytes / GIB / 8, 8 / 1024)),
             settings=step,
         ),
@@ -161,7 +161,7 @@ def _growth(scale: Scale) -> Sequence[Cell]:
                 Workload(scale.size(nbytes), scale.number(300)),
                 # The others' way of growing shows below, in less time.
                 (RAW, OURS) if nbytes > GIB else (RAW, OURS, TORCH, SAFETENSORS),
-                scale.repeats(2 if nbytes > GIB else 3),
+                scale.repeats(5),
                 num_warm_ups=0 if nbytes > GIB else 1,
             )
             for nbytes in sizes
@@ -173,7 +173,7 @@ def _growth(scale: Scale) -> Sequence[Cell]:
                 (RAW, OURS, TORCH, SAFETENSORS)
                 # A minute and more for each save with more tensors.
                 + ((DCP_THREAD,) if number <= 10_000 else ()),  # noqa: PLR2004
-                scale.repeats(3),
+                scale.repeats(5),
             )
             for number in counts
         ),

@@ -172,7 +172,7 @@ def _step_cells(scale: Scale) -> Sequence[Cell]:
             contenders
             if num_threads == 1
             else (_OURS, DCP_THREAD, DCP_STAGED, _IN_THREAD),
-            scale.repeats(5 if num_threads == 1 else 3),
+            scale.repeats(5),
             options=Options(ring_gib=workload.nbytes / GIB + 0.25),
             settings={"plain_s": scale.seconds(1.0), "num_threads": num_threads},
         )

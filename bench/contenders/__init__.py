@@ -18,6 +18,7 @@ CONTENDERS: dict[str, type[Contender]] = {
     for each in (
         raw.Writing,
         raw.WritingAtOnce,
+        raw.Fresh,
         raw.Copying,
         ours.OurEngine,
         ours.OurSyncEngine,

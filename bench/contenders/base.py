@@ -76,6 +76,7 @@ class Contender(ABC):
         name: What tables call it.
         durability: What there is when `wait_durable` has returned.
         package: What has to be installed.
+        modules: What it imports before memory and time are counted.
         is_lazy: Whether what `load` returns is read by page faults, later.
         is_reference: Whether it is a limit of the machine, not a way to save.
     """
@@ -83,6 +84,7 @@ class Contender(ABC):
     name: ClassVar[str]
     durability: ClassVar[str]
     package: ClassVar[str] = "torch"
+    modules: ClassVar[tuple[str, ...]] = ()
     is_lazy: ClassVar[bool] = False
     is_reference: ClassVar[bool] = False
 

@@ -28,6 +28,7 @@ class Synchronous(Contender):
 
     name = "DCP save"
     durability = "its own fsync of data; fsync of metadata and directory added"
+    modules = ("torch.distributed.checkpoint.staging",)
     is_grouped: ClassVar[bool] = False
 
     @override

@@ -1,6 +1,6 @@
 """The machine's own limits: the disk past the page cache, and memory."""
 
-__all__ = ["Copying", "Writing", "WritingAtOnce"]
+__all__ = ["Copying", "Fresh", "Writing", "WritingAtOnce"]
 
 import mmap
 import os
@@ -45,12 +45,18 @@ class RawBytes:
 
 
 class Writing(Contender):
-    """Direct writes of as many bytes, one after the other, and direct reads."""
+    """Direct writes of as many bytes, one after the other, and direct reads.
+
+    Attributes:
+        num_writers: Threads that write.
+        is_touched: Whether loads go to memory that is there already.
+    """
 
     name = "raw O_DIRECT"
     durability = "fsync of file and directory"
     is_reference = True
     num_writers: ClassVar[int] = 1
+    is_touched: ClassVar[bool] = True
 
     @override
     def setup(self, directory: Path, options: Options) -> None:
@@ -124,6 +130,13 @@ class WritingAtOnce(Writing):
 
     name = "raw O_DIRECT, 4 threads"
     num_writers = 4
+
+
+class Fresh(Writing):
+    """The same, but loads go to memory that the system has yet to give."""
+
+    name = "raw O_DIRECT, fresh memory"
+    is_touched = False
 
 
 class Copying(Contender):

@@ -3,7 +3,6 @@
 __all__ = ["Plain", "Synced"]
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from typing_extensions import override
 from bench.contenders.base import (
     Contender,
     Done,
-    Options,
     Saving,
     State,
     copied_into,
@@ -28,14 +26,8 @@ class Synced(Contender):
     name = "safetensors + fsync"
     durability = "fsync of file and directory"
     package = "safetensors"
+    modules = ("safetensors.torch",)
     is_lazy = True
-
-    @override
-    def setup(self, directory: Path, options: Options) -> None:
-        # Imported here, so that no load pays for it.
-        import safetensors.torch  # noqa: F401
-
-        super().setup(directory, options)
 
     @override
     def save(self, state: State, tag: str) -> Saving:

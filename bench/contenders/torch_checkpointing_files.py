@@ -25,6 +25,11 @@ class Managed(Contender):
         "are its default, fail on ext4 (EINVAL) and are turned off"
     )
     package = "torch_checkpointing"
+    modules = (
+        "torch_checkpointing",
+        "torch_checkpointing.checkpoint_process",
+        "torch_checkpointing.storage.filesystem",
+    )
 
     @override
     def setup(self, directory: Path, options: Options) -> None:

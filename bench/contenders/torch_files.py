@@ -154,6 +154,7 @@ class Lightning(Synced):
     name = "Lightning AsyncCheckpointIO + fsync"
     durability = "fsync of file and directory, after its thread has ended"
     package = "lightning"
+    modules = ("lightning.pytorch.plugins.io",)
 
     @override
     def setup(self, directory: Path, options: Options) -> None:

@@ -28,13 +28,7 @@ class Synchronous(Contender):
     name = "torchsnapshot take + fsync"
     durability = "fsync of files and directories added; it does none"
     package = "torchsnapshot"
-
-    @override
-    def setup(self, directory: Path, options: Options) -> None:
-        # Imported here, so that no load pays for it.
-        import torchsnapshot  # noqa: F401
-
-        super().setup(directory, options)
+    modules = ("torchsnapshot",)
 
     @override
     def save(self, state: State, tag: str) -> Saving:

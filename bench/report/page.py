@@ -166,6 +166,8 @@ def _cell(section: Section, cell: CellResults, drawer: "_Drawer") -> str:
     about = f"{cell.workload.label}, n = {num_repeats}"
     if cell.options.get("ring_gib") is not None:
         about += f"; ring of aiockpt {cell.options['ring_gib']:g} GiB"
+    if cell.is_unduly_warm:
+        about += "; **not cold**: the page cache could not be dropped"
     plot = drawer.bars(cell, section.plotted) if section.plotted else ""
     return f"{head}{about}.\n\n{table(cell, section.columns)}\n\n{plot}"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from bench.measuring import Cache
 from bench.workloads import Workload
 
 Measured = dict[str, float]
@@ -56,6 +57,7 @@ class CellResults:
         name: The cell.
         workload: What was saved.
         options: What aiockpt was told.
+        settings: What the case was told.
         measured: By contender and repeat.
         warm_ups: Those measured before, by contender and repeat.
         reasons: Why a contender does not run.
@@ -65,6 +67,7 @@ class CellResults:
     name: str
     workload: Workload
     options: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, dict[int, Measured]] = field(default_factory=dict)
     warm_ups: dict[str, dict[int, Measured]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -73,6 +76,13 @@ class CellResults:
     def nbytes(self) -> int:
         """Bytes of the state."""
         return 4 * sum(self.workload.numels())
+
+    @property
+    def is_unduly_warm(self) -> bool:
+        """Whether loads that were to be cold were not: it takes root to drop caches."""
+        is_cold = self.settings.get("cache") == Cache.EMPTY
+        rows = [row for each in self.measured.values() for row in each.values()]
+        return is_cold and not all(row["is_cold"] for row in rows)
 
     def spread(self, contender: str, key: str, *, scale: float = 1.0) -> Spread | None:
         """All repeats of a figure; None where there are none."""
@@ -193,7 +203,9 @@ class Results:
         key = (line["case"], line["cell"])
         if "workload" in line:
             workload = Workload(**line["workload"])
-            self.cells[key] = CellResults(*key, workload, line["options"])
+            self.cells[key] = CellResults(
+                *key, workload, line["options"], line["settings"]
+            )
             return
         cell = self.cells[key]
         name = line["contender"]

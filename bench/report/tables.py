@@ -146,8 +146,11 @@ SECTIONS = [
         "second in which the trainer uses no processor, as with a GPU; steps that do "
         "are further down. *First* is the first save of a process. DCP's stager copies "
         "into fresh memory before `async_save` returns, unless one is given that is "
-        "kept and copies in a thread; torch_checkpointing's has been warmed up. With a ring smaller than the state, staging goes at the pace "
-        "of the disk, and a step that is shorter than the write waits for the rest.",
+        "kept and copies in a thread; torch_checkpointing's has been warmed up. With a "
+        "ring smaller than the state, staging goes at the pace of the disk, and a step "
+        "that is shorter than the write waits for the rest. *Making the tag* comes "
+        "before the save and is no part of the stall: a directory for everyone, for "
+        "aiockpt a lock as well, and the first time what a crash may have left.",
         [
             _STALL,
             Column("of it in save, ms", _own("save_s", 1e3)),
@@ -155,6 +158,8 @@ SECTIONS = [
             Column("first in save, ms", _first("save_s", 1e3)),
             Column("planning in a worker, ms", _own("plan_s", 1e3)),
             Column("first planning, ms", _first("plan_s", 1e3)),
+            Column("making the tag before, ms", _own("create_s", 1e3)),
+            Column("first making, ms", _first("create_s", 1e3)),
             Column("durable after, s", _own("durable_s")),
             Column("extra memory, MiB", _own("extra_rss_bytes", 1 / MIB), 0),
         ],
@@ -212,8 +217,10 @@ SECTIONS = [
         "From the call until every byte can be used, cold cache, a new process each "
         "time. Whoever maps the file is charged for touching every page. aiockpt "
         "verifies checksums; the others do not (files of `torch.save` have them). "
-        "*Right after the save* the page cache is as the save has left it: aiockpt "
-        "writes around it, so that its file comes from the disk all the same.",
+        "*Right after the save* the page cache is as the save has left it: aiockpt and "
+        "raw write around it. *From the page cache*, all files have been read before. "
+        "A mapped file's pages are shared with the cache: whoever writes to such a "
+        "tensor pays for a copy then, which is not counted here.",
         _LOADED,
         _LOAD_S,
     ),
