@@ -89,7 +89,7 @@ class _Verdict(msgspec.Struct, frozen=True):
 
 
 async def open_place(
-    ranks: Ranks, catalog: Catalog, planners: Executor, tag: str, options: TagOptions
+    ranks: Ranks, catalog: Catalog, clerks: Executor, tag: str, options: TagOptions
 ) -> Place:
     """Opens an attempt at `tag` on all ranks.
 
@@ -111,7 +111,7 @@ async def open_place(
         return _Opening(*catalog.new_directory())
 
     async def decide(_words: Sequence[bytes]) -> bytes:
-        return _encode(await run_blocking(planners, make))
+        return _encode(await run_blocking(clerks, make))
 
     verdict = await ranks.consult(f"create {tag}", b"", decide)
     opening = msgspec.json.decode(verdict, type=_Opening)
@@ -119,25 +119,25 @@ async def open_place(
     if ranks.world_size == 1:
         return place
     try:
-        hosts = await _join(ranks, catalog, planners, place)
+        hosts = await _join(ranks, catalog, clerks, place)
         if not hosts:
             return place
-        number = await finish(_own_place(ranks, catalog, planners, place))
+        number = await finish(_own_place(ranks, catalog, clerks, place))
     except BaseException:
-        await outlast(_discard(catalog, planners, place))
+        await outlast(_discard(catalog, clerks, place))
         raise
     return Place(place.directory, place.name, number, hosts)
 
 
-async def _discard(catalog: Catalog, planners: Executor, place: Place) -> None:
+async def _discard(catalog: Catalog, clerks: Executor, place: Place) -> None:
     try:
-        await run_blocking(planners, catalog.discard, place.directory)
+        await run_blocking(clerks, catalog.discard, place.directory)
     except CheckpointError as error:
         _logger.warning("%s remains to be swept: %s", place.directory, error)
 
 
 async def _join(
-    ranks: Ranks, catalog: Catalog, planners: Executor, place: Place
+    ranks: Ranks, catalog: Catalog, clerks: Executor, place: Place
 ) -> dict[int, str]:
     """Sees to it that all ranks have the directory; the hosts of the places."""
     topic = f"open {place.name}"
@@ -148,7 +148,7 @@ async def _join(
 
     try:
         is_leader = ranks.rank == 0 or await run_blocking(
-            planners, catalog.join, place.directory, ranks.rank
+            clerks, catalog.join, place.directory, ranks.rank
         )
         # No host is nameless: those without a name are no leaders.
         host = (os.uname().nodename or "localhost") if is_leader else ""
@@ -165,7 +165,7 @@ async def _join(
 
 
 async def _own_place(
-    ranks: Ranks, catalog: Catalog, planners: Executor, place: Place
+    ranks: Ranks, catalog: Catalog, clerks: Executor, place: Place
 ) -> int:
     """The rank that publishes in this root; known on all ranks, or nowhere open."""
     topic = f"place {place.name}"
@@ -174,7 +174,7 @@ async def _own_place(
         return b""
 
     try:
-        number = await run_blocking(planners, catalog.place, place.directory)
+        number = await run_blocking(clerks, catalog.place, place.directory)
     except Exception as error:
         raise await ranks.object(topic, error, "create") or error from error
     await ranks.consult(topic, b"", decide)
@@ -195,7 +195,7 @@ class Agreement:
         self,
         ranks: Ranks,
         catalog: Catalog,
-        planners: Executor,
+        clerks: Executor,
         tag: str,
         place: Place,
         options: TagOptions,
@@ -204,7 +204,7 @@ class Agreement:
         self.place = place
         self._ranks = ranks
         self._catalog = catalog
-        self._planners = planners
+        self._clerks = clerks
         self._tag = tag
         self._options = options
         self._is_too_late = False
@@ -305,7 +305,7 @@ class Agreement:
             return
         with contextlib.suppress(CheckpointError):
             manifest = await run_blocking(
-                self._planners, self._catalog.manifest, self._tag
+                self._clerks, self._catalog.manifest, self._tag
             )
             if manifest.attempt == self.place.name:
                 error.add_note(f"rank 0 had published tag {self._tag!r} before that")
@@ -377,9 +377,7 @@ class Agreement:
     async def _retract(self, manifest: Manifest) -> None:
         try:
             directory = self.place.directory
-            await run_blocking(
-                self._planners, self._catalog.retract, manifest, directory
-            )
+            await run_blocking(self._clerks, self._catalog.retract, manifest, directory)
         except CheckpointError:
             _logger.exception("tag %s may still be seen in this root", self._tag)
 
@@ -389,7 +387,7 @@ class Agreement:
         place = self.place
         own = [entry for entry in files if entry.place == place.number]
         return await run_blocking(
-            self._planners,
+            self._clerks,
             self._catalog.publish,
             self._tag,
             place.name,

@@ -40,14 +40,14 @@ class Means:
         saver: Saves its files.
         catalog: Publishes and discards it.
         ranks: Those who must agree.
-        planners: Threads for catalog work.
+        clerks: Threads for catalog work.
         emit: Told what happens.
     """
 
     saver: Saver
     catalog: Catalog
     ranks: Ranks
-    planners: Executor
+    clerks: Executor
     emit: Callable[[Event], None]
 
 
@@ -241,7 +241,7 @@ class Attempt:
         """Removes what is in the attempt's directory; a failure is only logged."""
         try:
             await run_blocking(
-                self._means.planners, self._means.catalog.discard, self._directory
+                self._means.clerks, self._means.catalog.discard, self._directory
             )
         except CheckpointError as error:
             _logger.warning("files of tag %s remain to be swept: %s", self.tag, error)

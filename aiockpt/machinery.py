@@ -31,7 +31,8 @@ T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
-# Planning and catalog work: one long plan must not hold up a short look-up.
+# One long removal, or a long plan, must not hold up what is short.
+_NUM_CLERKS = 2
 _NUM_PLANNERS = 2
 # Looking for new tags, and locks of other processes: both may wait, and nothing that a
 # save needs may wait for them.
@@ -52,7 +53,7 @@ class Machinery:
     Attributes:
         ring: Host memory for staging.
         gate: What is being staged, and who waits for it.
-        planners: Threads for planning and catalog work.
+        clerks: Threads for names: they open, rename, remove and list files.
         lookers: Threads for those who follow others: their looks, locks and leases.
         workers: `parser_threads` threads that checksum and write.
         loader: Loads files with all of these.
@@ -71,7 +72,8 @@ class Machinery:
         # Before the gate, whose hook would stay if the thread could not be had.
         self._thread = LoopThread("aiockpt-engine", self._end)
         self.gate = StagingGate(is_holding=config.guard)
-        self.planners = WorkerPool(_NUM_PLANNERS, "aiockpt-plan")
+        self.clerks = WorkerPool(_NUM_CLERKS, "aiockpt-files")
+        self._planners = WorkerPool(_NUM_PLANNERS, "aiockpt-plan")
         self.lookers = WorkerPool(_NUM_LOOKERS, "aiockpt-look")
         self._copiers = WorkerPool(_NUM_COPIERS, "aiockpt-copy")
         self.workers = WorkerPool(config.parser_threads, "aiockpt-worker")
@@ -94,7 +96,7 @@ class Machinery:
 
     def storage(self, root: str) -> LocalStorage:
         """The files below one directory, worked on by these threads."""
-        return LocalStorage(root, self.workers, self.planners)
+        return LocalStorage(root, self.workers, self.clerks)
 
     def saver(self, storage: Storage) -> Saver:
         """What saves files in one place."""
@@ -103,7 +105,8 @@ class Machinery:
             stager=self._stager,
             storage=storage,
             gate=self.gate,
-            planners=self.planners,
+            planners=self._planners,
+            clerks=self.clerks,
             copiers=self._copiers,
             emit=self.emit,
             devices=self._devices,
@@ -157,7 +160,8 @@ class Machinery:
 
     def _end(self) -> None:
         pools = (
-            self.planners,
+            self.clerks,
+            self._planners,
             self.lookers,
             self._copiers,
             self.workers,

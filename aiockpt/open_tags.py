@@ -68,7 +68,7 @@ class OpenTags:
         self._opening.add(tag)
         try:
             means = self._means
-            parts = means.ranks, means.catalog, means.planners, tag
+            parts = means.ranks, means.catalog, means.clerks, tag
             place = await open_place(*parts, options)
             agreement = Agreement(*parts, place, options)
             self._attempts[tag] = Attempt(means, tag, agreement)

@@ -147,13 +147,13 @@ class Preflight:
         return self._saver.storage
 
     @property
-    def _planners(self) -> Executor:
-        return self._saver.planners
+    def _clerks(self) -> Executor:
+        return self._saver.clerks
 
     async def _blocking(
         self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        return await run_blocking(self._planners, work, *args, **kwargs)
+        return await run_blocking(self._clerks, work, *args, **kwargs)
 
     async def _plan(self) -> int:
         """The length of the state's file, if it can be saved."""

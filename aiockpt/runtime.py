@@ -96,13 +96,13 @@ class Runtime:
             saver=machinery.saver(storage),
             catalog=self._catalog,
             ranks=ranks,
-            planners=machinery.planners,
+            clerks=machinery.clerks,
             emit=machinery.emit,
         )
         self.watcher = Watcher(storage, machinery.lookers)
         self.preemption = Preemption()
         self.tag_loader = TagLoader(
-            self._catalog, machinery.loader, ranks, machinery.planners
+            self._catalog, machinery.loader, ranks, machinery.clerks
         )
         self.open_tags = OpenTags(self._means)
         self._calls: set[Call[Any]] = set()
@@ -308,7 +308,7 @@ class Runtime:
     async def _blocking(
         self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        return await run_blocking(self._machinery.planners, work, *args, **kwargs)
+        return await run_blocking(self._machinery.clerks, work, *args, **kwargs)
 
     async def sweep_at_start(self) -> None:
         """Sweeps what dead engines left in the root; once for all ranks."""

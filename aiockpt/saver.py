@@ -7,7 +7,7 @@ __all__ = ["FileSave", "Saver"]
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -131,6 +131,7 @@ class Saver:
         storage: Where files go.
         gate: Told when sources are free again.
         planners: Threads for planning.
+        clerks: Threads that make directories.
         copiers: Threads for looking at sources once they have been copied.
         emit: Told what happens.
         devices: What copies from devices, where that is done.
@@ -141,6 +142,7 @@ class Saver:
     storage: Storage
     gate: StagingGate
     planners: Executor
+    clerks: Executor
     copiers: Executor
     emit: Callable[[Event], None]
     devices: Devices | None = None
@@ -165,14 +167,16 @@ class Saver:
         If cancelled: copies and writes under way are waited for first.
         """
         plan = await self.plan(save, self.ring.chunk_bytes)
+        create = functools.partial(self.create, save, target, plan.nbytes)
+        transfer = _Transfer(self, save, plan, create)
         try:
-            file = await self.create(save, target, plan.nbytes)
             try:
-                sums = await self.transfer(save, plan, file)
+                sums = await transfer.run()
                 crc32 = await run_blocking(self.planners, sums.file_crc32)
-                await self.sync(save, plan, file, crc32)
+                await self.sync(save, plan, transfer.file, crc32)
             finally:
-                await file.close()
+                if transfer.is_opened:
+                    await transfer.file.close()
         finally:
             # The traceback of a failure refers to the plan, and would hold the tensors.
             plan.sources.clear()
@@ -233,7 +237,7 @@ class Saver:
         """
         if "/" in save.path:
             parent, _ = target.rsplit("/", 1)
-            await run_blocking(self.planners, self.storage.make_dirs, parent)
+            await run_blocking(self.clerks, self.storage.make_dirs, parent)
         return await self.storage.create(target, nbytes)
 
     async def transfer(
@@ -246,7 +250,11 @@ class Saver:
 
         If cancelled: copies and writes under way are waited for first.
         """
-        return await _Transfer(self, save, plan, file).run()
+
+        async def opened() -> WriteFile:  # noqa: ASYNC124 - as `_Transfer` wants it
+            return file
+
+        return await _Transfer(self, save, plan, opened).run()
 
     async def sync(
         self, save: FileSave, plan: FilePlan, file: WriteFile, crc32: int
@@ -268,19 +276,35 @@ class Saver:
 
 
 class _Transfer:
-    """The chunks of one file, between its sources and its blocks on the disk."""
+    """The chunks of one file, between its sources and its blocks on the disk.
+
+    Attributes:
+        file: What is written, once it is opened.
+    """
+
+    file: WriteFile
 
     def __init__(
-        self, saver: Saver, save: FileSave, plan: FilePlan, file: WriteFile
+        self,
+        saver: Saver,
+        save: FileSave,
+        plan: FilePlan,
+        open_file: Callable[[], Awaitable[WriteFile]],
     ) -> None:
         self._saver = saver
         self._save = save
         self._plan = plan
-        self._file = file
+        self._open_file = open_file
+        self._opened = asyncio.Event()
         self._sums = Checksums(plan.num_records, len(plan.chunks))
         self._num_unbegun = self._num_unfilled = len(plan.chunks)
         self._stager = saver.stager_of(save)
         save.progress.planned_bytes = plan.nbytes
+
+    @property
+    def is_opened(self) -> bool:
+        """Whether there is a file, which whoever had it opened has to close."""
+        return self._opened.is_set()
 
     async def run(self) -> Checksums:
         """Stages and writes every chunk; the checksums of all of them."""
@@ -288,6 +312,8 @@ class _Transfer:
             await self._release_sources()
         try:
             async with asyncio.TaskGroup() as group:
+                # Beside the staging: no step waits for a file system that is slow.
+                group.create_task(self._open())
                 turn = asyncio.Event()
                 turn.set()
                 for chunk in self._plan.chunks:
@@ -305,6 +331,10 @@ class _Transfer:
         self._save.written_s = perf_counter()
         return self._sums
 
+    async def _open(self) -> None:
+        self.file = await self._open_file()
+        self._opened.set()
+
     async def _move(
         self, chunk: Chunk, lease: Lease, turn: asyncio.Event, next_turn: asyncio.Event
     ) -> None:
@@ -316,13 +346,14 @@ class _Transfer:
         """
         try:
             await self._fill(chunk, lease)
+            await self._opened.wait()
             await turn.wait()
             next_turn.set()
             padded = -(-chunk.nbytes // _ALIGNMENT) * _ALIGNMENT
             prepare = functools.partial(self._sums.seal, chunk, lease.view)
             # Released at once: in a failure's traceback it would hold the whole ring.
             with lease.view[:padded] as view:
-                await self._file.write(chunk.offset, view, prepare)
+                await self.file.write(chunk.offset, view, prepare)
             self._save.progress.written_bytes += chunk.nbytes
         except BaseException:
             self._sums.abandon()

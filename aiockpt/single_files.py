@@ -134,10 +134,10 @@ class SingleFile:
             raise
 
     async def _replace(self) -> None:
-        planners = self._machinery.planners
+        clerks = self._machinery.clerks
         name = self._save.path
-        await run_blocking(planners, self._storage.replace, self._temporary, name)
-        await run_blocking(planners, self._storage.sync_dir, "")
+        await run_blocking(clerks, self._storage.replace, self._temporary, name)
+        await run_blocking(clerks, self._storage.sync_dir, "")
 
     async def discard(self) -> None:
         """Removes the file, once it has been written, instead of publishing it.
@@ -156,7 +156,7 @@ class SingleFile:
 
     async def _remove(self) -> None:
         machinery = self._machinery
-        await run_blocking(machinery.planners, self._storage.remove, self._temporary)
+        await run_blocking(machinery.clerks, self._storage.remove, self._temporary)
 
 
 class SingleFiles:

@@ -39,13 +39,13 @@ class TagLoader:
     """Loads from the tags of one root, with the parts that it is given."""
 
     def __init__(
-        self, catalog: Catalog, loader: Loader, ranks: Ranks, planners: Executor
+        self, catalog: Catalog, loader: Loader, ranks: Ranks, clerks: Executor
     ) -> None:
         """Owns nothing."""
         self._catalog = catalog
         self._loader = loader
         self._ranks = ranks
-        self._planners = planners
+        self._clerks = clerks
 
     def opener(
         self, path: _Path, tag: str | None, attempt: str | None = None
@@ -78,7 +78,7 @@ class TagLoader:
             return tag, None
 
         async def decide(_words: Sequence[bytes]) -> bytes:
-            latest = await run_blocking(self._planners, self._catalog.latest_commit)
+            latest = await run_blocking(self._clerks, self._catalog.latest_commit)
             return _encode([] if latest is None else [latest])
 
         told = _decode(await self._ranks.consult("latest", b"", decide))
@@ -125,7 +125,7 @@ class TagLoader:
 
     async def _candidates(self) -> list[_Commit]:
         async def decide(_words: Sequence[bytes]) -> bytes:
-            tags = await run_blocking(self._planners, self._catalog.latest_first)
+            tags = await run_blocking(self._clerks, self._catalog.latest_first)
             return _encode(tags)
 
         if self._ranks.world_size == 1:
@@ -150,7 +150,7 @@ class TagLoader:
                 return opened
 
             try:
-                opened = await run_blocking(self._planners, open_all)
+                opened = await run_blocking(self._clerks, open_all)
             except (CorruptCheckpointError, CheckpointNotFoundError) as error:
                 return [], error
             try:

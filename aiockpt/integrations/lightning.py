@@ -199,7 +199,7 @@ class AiockptCheckpointIO:
 async def _blocking(
     machinery: Machinery, work: Callable[..., object], *args: object
 ) -> None:
-    await run_blocking(machinery.planners, work, *args)
+    await run_blocking(machinery.clerks, work, *args)
 
 
 def _local(path: str | os.PathLike[str], *, is_file: bool = True) -> Path:

@@ -1,6 +1,7 @@
 """An optimizer's step waits until what it would change has been copied."""
 
 import asyncio
+import threading
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from torch.optim import optimizer as torch_optimizer
 from aiockpt import CheckpointEngine, EngineStateError, StorageError, guard, saver
 from aiockpt.machinery import Machinery
 from aiockpt.staging import host
+from aiockpt.testing.faults import Delay, Fault, inject
 from equality import assert_same_state
-from gates import RING_8_MIB, either, happened, held, in_thread, noted_waits
+from gates import LIMIT_S, RING_8_MIB, either, happened, held, in_thread, noted_waits
 from optimizers import NAMES, training
 
 every_optimizer = pytest.mark.parametrize("name", NAMES)
@@ -60,6 +62,23 @@ async def test_the_plain_loop_save_step_commit_keeps_the_values_at_save(name, ro
         for tag, state in expected.items():
             assert_same_state(await engine.load("model.pt", tag=tag), state)
             assert_same_state(torch.load(root / tag / "model.pt"), state)
+
+
+async def test_what_is_staged_waits_for_no_file_to_be_opened(root):
+    file_system = threading.Event()
+    slow = Delay(lambda: file_system.wait(LIMIT_S))
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
+        await engine.create("a")
+        with inject(Fault("create", slow, path="model.pt")) as injection:
+            await engine.save({"w": torch.ones(1000)}, "model.pt")
+            try:
+                async with asyncio.timeout(LIMIT_S / 4):
+                    await engine.staged("a")
+            finally:
+                file_system.set()
+            await engine.commit("a")
+        assert injection.spoiled
+        assert_same_state(await engine.load("model.pt"), {"w": torch.ones(1000)})
 
 
 async def test_a_step_waits_for_every_engine_of_the_process(tmp_path, monkeypatch):

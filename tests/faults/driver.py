@@ -135,6 +135,7 @@ def take_note(root: Path, name: str) -> None:
     """What was put into a tag is there still; it is taken away again. Idempotent."""
     aside = root.parent / ASIDE
     if name in NOTED and not aside.exists():
+        assert (root / NOTE).exists(), "what somebody put into a tag is gone"
         (root / NOTE).rename(aside)
         (root / NOTE).parent.rmdir()
         assert aside.read_text() == "mine"

@@ -90,6 +90,7 @@ class Team:
             storage=LocalStorage(str(root), pools["worker"]),
             gate=gate,
             planners=pools["plan"],
+            clerks=pools["plan"],
             copiers=pools["copy"],
             emit=emit,
         )

@@ -102,6 +102,7 @@ def saver(disk: Disk) -> Iterator[Saver]:
         storage=disk,  # type: ignore[arg-type]
         gate=gate,
         planners=pools[0],
+        clerks=pools[0],
         copiers=pools[1],
         emit=lambda _: None,
     )

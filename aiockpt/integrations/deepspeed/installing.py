@@ -2,6 +2,7 @@
 
 __all__ = ["install"]
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable
@@ -13,7 +14,10 @@ from aiockpt.integrations.deepspeed.lazy import LazyCheckpointEngine
 
 # Methods of a `DeepSpeedEngine` that change, move or free what it saves. Both `step`
 # and the schedule of a pipeline update parameters through the first one.
-_CHANGING = ("_take_model_step", "offload_states", "reload_states", "destroy")
+_CHANGING = ("_take_model_step", "offload_states", "reload_states")
+_FREEING = ("destroy",)
+# What rank 0 does while the others wait at a barrier.
+_ALONE = ("_copy_recovery_script",)
 
 
 def install() -> None:
@@ -41,8 +45,11 @@ def install() -> None:
     kind.save_checkpoint = _saving(kind.save_checkpoint)
     kind.load_checkpoint = _loading(kind.load_checkpoint)
     kind.__del__ = _collecting(kind.__del__)
-    for name in _CHANGING:
-        setattr(kind, name, _changing(getattr(kind, name)))
+    for name in _ALONE:
+        setattr(kind, name, _alone(getattr(kind, name)))
+    for name in _CHANGING + _FREEING:
+        is_freeing = name in _FREEING
+        setattr(kind, name, _changing(getattr(kind, name), is_freeing=is_freeing))
 
 
 # One for all engines of a process with the same settings, and so one ring.
@@ -97,12 +104,22 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_checkpoint
 
 
-def _changing(original: Callable[..., Any]) -> Callable[..., Any]:
+def _alone(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def do(self: Any, *args: Any, **kwargs: Any) -> None:
+        engine = _engine_of(self)
+        with contextlib.nullcontext() if engine is None else engine.alone():
+            original(self, *args, **kwargs)
+
+    return do
+
+
+def _changing(original: Callable[..., Any], *, is_freeing: bool) -> Callable[..., Any]:
     @functools.wraps(original)
     def change(self: Any, *args: Any, **kwargs: Any) -> Any:
         engine = _engine_of(self)
         if engine is not None:
-            engine.wait_staged()
+            engine.wait_staged(is_freeing=is_freeing)
         return original(self, *args, **kwargs)
 
     return change

@@ -40,6 +40,16 @@ class _HandingOver:
     tag: OpenTag | None = None
     refusal: CheckpointError | None = None
 
+    def fail(self, error: Exception) -> None:
+        """Has the commit tell all ranks what failed on this one.
+
+        Raised here, it would leave the others waiting at DeepSpeed's next barrier.
+        """
+        tag = self.tag
+        # Without a tag there is a refusal, or there will be one.
+        if tag is not None:
+            tag.failure = tag.failure or _as_checkpoint_error(error, tag.tag)
+
 
 @dataclass(slots=True)
 class _Commit:
@@ -85,7 +95,8 @@ class LazyCheckpointEngine(CheckpointEngine):
 
         Raises:
             CheckpointError: An earlier commit failed, and nobody was told so far; or
-                the tag could not be opened. The same on all ranks.
+                the tag could not be opened. The same on all ranks; except where a
+                rank does not reach the others, or cannot have its ring.
         """
         self._raise_failures()
         handing_over = self._handing_over = _HandingOver(list(buffers))
@@ -132,16 +143,34 @@ class LazyCheckpointEngine(CheckpointEngine):
         if handing_over is None:
             super().save(state_dict, path)
         elif handing_over.tag is not None:
-            tag = handing_over.tag
             try:
                 super().save(with_copies(state_dict, handing_over.buffers), path)
-            except CheckpointError as error:
-                tag.failure = tag.failure or error
+            except Exception as error:  # noqa: BLE001 - told by the commit
+                handing_over.fail(error)
 
     @override
     def commit(self, info: str | CommitInfo) -> bool:
         """As `CheckpointEngine.commit`; within `handing_over`, when that is left."""
         return self._handing_over is not None or super().commit(info)
+
+    @override
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """As `CheckpointEngine.makedirs`; within `handing_over` see `alone`."""
+        with self.alone():
+            super().makedirs(path, exist_ok)
+
+    @contextlib.contextmanager
+    def alone(self) -> Generator[None]:
+        """Within `handing_over`: what one rank does while others wait for it.
+
+        What the file system refuses is told by `create`, or by the commit.
+        """
+        try:
+            yield
+        except OSError as error:
+            if self._handing_over is None:
+                raise
+            self._handing_over.fail(error)
 
     def _begin_commit(self, tag: OpenTag) -> None:
         for number, commit in list(self._commits.items()):
@@ -181,9 +210,14 @@ class LazyCheckpointEngine(CheckpointEngine):
         """Whether tensors are being copied that must not change, nor be freed."""
         return self._started is not None and self._started.machinery.gate.is_staging
 
-    def wait_staged(self) -> None:
-        """Blocks until all that is being staged has been: tensors may change again."""
-        if self._started is not None and self.config.guard:
+    def wait_staged(self, *, is_freeing: bool = False) -> None:
+        """Blocks until all that is being staged has been: tensors may change again.
+
+        Args:
+            is_freeing: Whether memory is to be given back, for which it waits also
+                where the user has turned the guard off.
+        """
+        if self._started is not None and (self.config.guard or is_freeing):
             self._started.machinery.gate.wait()
 
     def drain(self) -> None:
@@ -206,9 +240,11 @@ class LazyCheckpointEngine(CheckpointEngine):
             self._roots.run(_ended(calls))
 
     def _raise_failures(self) -> None:
-        """Raises what any rank knows to have failed: others may not have heard of it."""
-        if not self._num_commits:
-            return
+        """Raises what any rank knows to have failed: others may not have heard of it.
+
+        The first time, it shows that all ranks can be reached, before any of them is in
+        one of DeepSpeed's collectives.
+        """
         numbers = self._roots.run(self._failed_anywhere())
         self._wait(numbers)
         self._raise_those(numbers)

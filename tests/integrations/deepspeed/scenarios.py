@@ -3,6 +3,7 @@
 Started by torchrun with two ranks: `scenarios.py NAMES DIRECTORY [--install]`.
 """
 
+import errno
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ from trainers import OURS, PATIENCE, Trainer, check, config, latest, run_all
 
 from aiockpt.errors import CheckpointError, PeerError
 from aiockpt.guard import StagingGate
-from aiockpt.integrations.deepspeed import CheckpointEngine, install
+from aiockpt.integrations.deepspeed import CheckpointEngine, install, lazy
 from aiockpt.integrations.deepspeed.lazy import LazyCheckpointEngine
 from aiockpt.integrations.deepspeed.roots import Roots
 from aiockpt.storage import local_write
@@ -283,6 +284,62 @@ def where_no_directory_can_be(problems, root):
     trainer.engine.save_checkpoint(f"{root}/other")
     trainer.end()
     check(problems, latest(f"{root}/other") == "global_step3", "the next one failed")
+
+
+def under_a_file(problems, root):
+    trainer = Trainer(CELL, is_ours=True)
+    trainer.run(0, 1)
+    if dist.get_rank() == 0:
+        os.makedirs(root)
+        Path(root, "file").write_text("in the way")
+    dist.barrier()
+    # Only rank 0 makes the directory; the others wait for it.
+    error = error_of(trainer.engine.save_checkpoint, f"{root}/file/inside")
+    check(problems, error is not None, "nothing was raised")
+    trainer.engine.save_checkpoint(f"{root}/other")
+    trainer.end()
+    check(problems, latest(f"{root}/other") == "global_step1", "the next one failed")
+
+
+def no_room_for_what_rank_0_copies(problems, root):
+    trainer = Trainer(CELL, is_ours=True)
+    trainer.engine.save_checkpoint(root, tag="one")
+    module = deepspeed.runtime.engine
+    copyfile = module.copyfile
+
+    def refused(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", target)
+
+    module.copyfile = refused
+    trainer.engine.save_checkpoint(root, tag="two")
+    module.copyfile = copyfile
+    trainer.run(0, 1)
+    error = error_of(trainer.engine.save_checkpoint, root, tag="three")
+    check(problems, getattr(error, "rank", None) == 0, f"{error!r} names no rank")
+    check(problems, "No space left" in str(error), f"{error!r} does not tell why")
+    check(problems, latest(root) == "one", f"latest is {latest(root)}")
+    trainer.engine.save_checkpoint(root, tag="three")
+    trainer.end()
+    check(problems, published(root) == ["one", "three"], f"{published(root)}")
+
+
+def no_memory_for_copies_on_one_rank(problems, root):
+    trainer = Trainer(CELL, is_ours=True)
+    trainer.engine.save_checkpoint(root, tag="one")
+    with_copies = lazy.with_copies
+
+    def refused(*_args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    if dist.get_rank() == 1:
+        lazy.with_copies = refused
+    trainer.engine.save_checkpoint(root, tag="two")
+    lazy.with_copies = with_copies
+    trainer.run(0, 1)
+    error = error_of(trainer.engine.destroy)
+    check(problems, getattr(error, "rank", None) == 1, f"{error!r} names no rank")
+    check(problems, "out of memory" in str(error), f"{error!r} does not tell why")
+    check(problems, latest(root) == "one", f"latest is {latest(root)}")
 
 
 def the_documented_block(problems, root):

@@ -140,6 +140,9 @@ CASES = [
     "a_full_disk_on_one_rank",
     "what_cannot_be_saved_on_one_rank",
     "where_no_directory_can_be",
+    "under_a_file",
+    "no_room_for_what_rank_0_copies",
+    "no_memory_for_copies_on_one_rank",
     "the_documented_block",
     "nobody_destroys_it",
 ]
