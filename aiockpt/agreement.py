@@ -96,8 +96,9 @@ async def open_place(
     Raises:
         EngineStateError: The tag is published, and not to be overwritten.
         InvalidArgumentError: A foreign file or directory has that name.
-        StorageError: The root cannot be made or written.
-        PeerError: Another rank could not.
+        StorageError: The root cannot be made or written; where ranks have a part in
+            it, all raise a `PeerError` instead, whose cause this is where it happened.
+        PeerError: A rank could not.
 
     If cancelled: before all ranks have called it, as if it had not been called; after
     that the tag is open, or nothing is open here and the other ranks are told.

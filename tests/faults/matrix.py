@@ -68,6 +68,13 @@ class Cases:
             raise
         self.num_survived[row, fault] += 1
 
+    @property
+    def run(self) -> str:
+        """What a report calls this run."""
+        if not self.is_long:
+            return "ordinary"
+        return "long" if self.share == 1 else f"{self.share:g} of long"
+
     def pick(self, ordinary: int, long: int) -> int:
         """How many of something this run does; or its step, which is then smaller."""
         if not self.is_long or (long < ordinary and self.share < 1):
@@ -83,12 +90,12 @@ class Cases:
                 "fault": fault,
                 "cases": num_run,
                 "survived": self.num_survived[row, fault],
-                "run": "long" if self.is_long else "ordinary",
+                "run": self.run,
             }
 
 
 class Report:
-    """Adds counts to a file of JSON lines after each test.
+    """Adds counts to a file of JSON lines after each test, and the tests that failed.
 
     So what was run stands there, whatever ends the rest.
     """
@@ -97,6 +104,12 @@ class Report:
         self._cases = cases
         self._path = path
         self._told: Counter[tuple[object, object, str]] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Adds a test that failed, whether or not it was within a case."""
+        if report.failed:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"failed": report.nodeid}) + "\n")
 
     def pytest_runtest_logfinish(self) -> None:
         """Adds what was counted since the test before."""

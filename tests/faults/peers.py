@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -77,7 +78,7 @@ class Losses:
             return
         if loaded is None:
             self.missing += is_acked
-        elif not is_state(loaded, seed := int(loaded["seed"])):
+        elif (seed := _seed_of(loaded)) is None:
             self.wrong += 1
         elif seed not in allowed:
             self.older += 1
@@ -134,10 +135,19 @@ class Damages:
             return
         if loaded is None:
             self.detected += 1
-        elif is_state(loaded, 1):
+        elif _seed_of(loaded) == 1:
             self.harmless += 1
         else:
             self.undetected += 1
+
+
+def _seed_of(loaded: Any) -> int | None:
+    """Of which state this is; None where it is none that was ever saved."""
+    try:
+        seed = int(loaded["seed"])
+        return seed if is_state(loaded, seed) else None
+    except Exception:  # noqa: BLE001 - damage may make anything of it
+        return None
 
 
 def damage(

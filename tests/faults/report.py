@@ -96,6 +96,10 @@ def problems(records: Sequence[Record]) -> Iterator[str]:
     rows = {record["row"] for record in records if "row" in record}
     yield from (f"row {row} was not run" for row in sorted(TOOLS.keys() - rows))
     for record in records:
+        if "failed" in record:
+            yield f"failed: {record['failed']}"
+        if record.get("cases") == 0:
+            yield f"nothing was tried: {record}"
         if record.get("survived") != record.get("cases"):
             yield f"not survived: {record}"
         lost = [record.get(key, 0) for key in (*LOST, "undetected")]
@@ -120,7 +124,8 @@ safetensors {safetensors}. To repeat it, as root:
 python3 -m pip install nox && python3 -m nox -s faults
 ```
 
-A case is survived if all that must hold held: what was acknowledged is there and loads
+*Long* is a run at the counts that are aimed for; *0.1 of long* a tenth of them, where
+that is more than the ordinary run of the tests. A case is survived if all that must hold held: what was acknowledged is there and loads
 to the last bit, nothing torn can be seen, errors name their cause, and the next engine
 goes on. A mutant is survived if it was caught. Rows 5 and 6 cut the power of file
 systems on images of their own: in row 5 all that the file system had not yet handed to
@@ -185,6 +190,7 @@ def page(records: Sequence[Record], source: str) -> str:
         )
         + f"\n{sum(record['survived'] for record in rows):,} of "
         + f"{sum(record['cases'] for record in rows):,} cases survived.\n"
+        + _failed([record["failed"] for record in records if "failed" in record])
         + OTHERS
         + "".join(f"- row {row}, {why}.\n" for row, why in NOT_RUN.items())
         + PEERS
@@ -195,6 +201,11 @@ def page(records: Sequence[Record], source: str) -> str:
         + DAMAGE
         + _table(("damage", "contender", *SEEN), damages)
     )
+
+
+def _failed(tests: Sequence[str]) -> str:
+    listed = "".join(f"- `{test}`\n" for test in tests)
+    return f"\nTests that failed:\n\n{listed}" if tests else ""
 
 
 def _table(columns: Sequence[str], records: Iterable[Record]) -> str:

@@ -71,7 +71,7 @@ def test_a_network_that_fails_costs_no_tag_and_holds_up_nobody(
     cases, jobs: Jobs, memory: Path, namespaces: list[str], cut, moment
 ):
     at, call = MOMENTS[moment]
-    for number in range(cases.pick(1, 6)):
+    for number in range(cases.pick(1, 7)):
         place = memory / f"cut {cut} {moment} {number}".replace(" ", "-")
         root = place / "runs"
         with Engine(root, SMALL) as engine:

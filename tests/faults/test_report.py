@@ -48,6 +48,11 @@ def test_a_case_that_was_not_survived_is_told():
     assert "not survived" in found
 
 
+@pytest.mark.parametrize("record", [{"failed": "a test"}, {**WHOLE[1], "cases": 0}])
+def test_a_test_that_failed_or_tried_nothing_is_told(record):
+    assert list(problems([*WHOLE, record]))
+
+
 @pytest.mark.parametrize("key", LOST)
 def test_a_loss_of_aiockpt_is_told(key):
     (found,) = problems([*WHOLE, {**WHOLE[-2], key: 1}])

@@ -50,7 +50,7 @@ def counted(name: str, done: "subprocess.CompletedProcess[str]") -> dict[str, ob
         "name": "hostile files",
         "fault": f"fuzzed by atheris, {name}",
         "cases": num_tried,
-        "survived": num_tried - (done.returncode != 0),
+        "survived": max(num_tried - (done.returncode != 0), 0),
         "run": "long",
     }
 
