@@ -110,6 +110,24 @@ def break_off(rank: int, world_size: int, root: str, at: int, *, drains: bool) -
     return first, second, again, latest(root)
 
 
+def lose_connection(rank: int, world_size: int, root: str, at: int) -> Any:
+    """Rank `at` loses its connection; all close the engine, and go on with it."""
+    engine = LazyCheckpointEngine(RING)
+    hand_over(engine, root, "before", rank)
+    engine.drain()
+
+    async def lose() -> None:
+        engine._roots.ranks._link.abort()
+
+    if rank == at:
+        engine._roots.run(lose())
+    lost = [attempt(lambda: hand_over(engine, root, "a", rank)) for _ in range(2)]
+    engine.close()
+    again = attempt(lambda: hand_over(engine, root, "a", rank))
+    engine.close()
+    return lost, again, latest(root)
+
+
 def fail_to_open(rank: int, world_size: int, roots: list[str], good: str) -> Any:
     """A rank saves where no tag can be; the others, that save nothing, hear of it."""
     engine = CheckpointEngine(RING)

@@ -112,6 +112,14 @@ def test_after_a_rank_has_failed_while_it_handed_over_no_rank_saves_without_the_
     assert_root_consistent(root, acked=["a"], is_swept=True)
 
 
+def test_a_lost_connection_fails_every_save_until_the_engine_is_closed(jobs, root):
+    results = jobs.run(f"{ACTS}:lose_connection", 3, root=root, at=1)
+    for lost, again, latest in results:
+        assert [each["error"] for each in lost] == ["PeerError", "PeerError"]
+        assert (again, latest) == (None, "a")
+    assert_root_consistent(root, acked=["before", "a"], is_swept=True)
+
+
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_directory_that_cannot_be_opened_fails_the_tag_once_on_all(
     jobs, tmp_path, at
