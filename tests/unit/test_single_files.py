@@ -112,7 +112,7 @@ def test_state_that_cannot_be_planned_fails_the_file(machinery, path):
 
 
 def test_a_failure_of_another_kind_is_told_as_ours(machinery, path, monkeypatch):
-    monkeypatch.setattr(Saver, "transfer", failing(ZeroDivisionError("a bug")))
+    monkeypatch.setattr(Saver, "create", failing(ZeroDivisionError("a bug")))
     file = SingleFiles(machinery).save(NEW, path)
     with pytest.raises(CheckpointError, match="ZeroDivisionError"):
         done(machinery, file.written())
