@@ -231,7 +231,7 @@ def forward_meanwhile(out: str, kind: str, width: int, *, wait: bool) -> Any:
     io, hold = AiockptCheckpointIO(IO), Hold()
     norm = {"norm": torch.nn.BatchNorm1d, "mean": Mean}[kind](width)
     before = {key: value.clone() for key, value in norm.state_dict().items()}
-    with inject(Fault("create", hold, path="a.ckpt")):
+    with hold.staging():
         io.save_checkpoint({"state_dict": norm.state_dict()}, f"{out}/a.ckpt")
         if wait:
             threading.Thread(

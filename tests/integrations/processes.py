@@ -5,6 +5,7 @@ once; it forks a child for each case. Run as a program, this file is that proces
 module of cases is a program as well: `python trainer_cases.py CASE '{"out": ...}'`.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -12,10 +13,11 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
+from aiockpt.staging import host
 from aiockpt.testing.system_calls import Moment
 
 TESTS = Path(__file__).parents[1]
@@ -84,7 +86,7 @@ class Helper:
 
 
 class Hold:
-    """A call to the system that is not made before `let_go`."""
+    """A call that is not made before `let_go`: to the system, or of the staging."""
 
     def __init__(self) -> None:
         self.is_reached = threading.Event()
@@ -97,6 +99,22 @@ class Hold:
 
     def let_go(self) -> None:
         self._may_go.set()
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[None]:
+        """Within, nothing is copied before `let_go`."""
+        fill = host._fill
+
+        def held(*args: Any) -> None:
+            self.is_reached.set()
+            assert self._may_go.wait(LIMIT_S)
+            fill(*args)
+
+        host._fill = held
+        try:
+            yield
+        finally:
+            host._fill = fill
 
 
 def names(directory: str | Path) -> list[str]:

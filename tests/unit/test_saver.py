@@ -42,12 +42,14 @@ class Disk:
         self.order: list[int] = []
         self.on_write: Callable[[int], Awaitable[object]] = nothing
         self.in_worker: Callable[[int], object] = int
+        self.on_create: Callable[[], Awaitable[object]] = at_once
         self.is_direct = False
         self.is_closed = False
         self._workers = workers
 
     async def create(self, path: str, nbytes: int) -> "Disk":
         self.written = bytearray(nbytes)
+        await self.on_create()
         return self
 
     async def write(
@@ -76,6 +78,10 @@ class Disk:
 
 async def nothing(_: int) -> None:
     raise AssertionError
+
+
+async def at_once() -> None:
+    pass
 
 
 @pytest.fixture
@@ -194,6 +200,35 @@ async def test_whichever_write_fails_the_ring_is_whole_again(
         await saver.run(save, "model.pt", 0)
     assert saver.ring.leased_bytes == 0
     assert disk.is_closed
+    await saver.release(save)
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+async def test_a_file_that_is_not_opened_after_all_ends_what_was_staged_for_it(
+    is_cancelled, saver, disk
+):
+    save = FileSave("tag", "model.pt", capture({"few": torch.ones(3)}))
+    opening, refused = asyncio.Event(), asyncio.Event()
+
+    async def refuse() -> None:
+        opening.set()
+        await refused.wait()
+        raise WorkError
+
+    disk.on_create = refuse
+    running = await started(saver, save)
+    await opening.wait()
+    # All is staged, and waits for the file.
+    await save.staged.wait()
+    assert saver.ring.leased_bytes > 0
+    if is_cancelled:
+        running.cancel()
+    refused.set()
+    with pytest.raises(asyncio.CancelledError if is_cancelled else WorkError):
+        await running
+    assert saver.ring.leased_bytes == 0
+    assert disk.order == []
+    assert not disk.is_closed
     await saver.release(save)
 
 

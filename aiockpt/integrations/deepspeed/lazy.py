@@ -9,6 +9,7 @@ __all__ = ["LazyCheckpointEngine"]
 
 import contextlib
 import logging
+import traceback
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,8 @@ class _HandingOver:
         tag = self.tag
         # Without a tag there is a refusal, or there will be one.
         if tag is not None:
+            # Frames that hold the state would hold it until somebody is told.
+            traceback.clear_frames(error.__traceback__)
             tag.failure = tag.failure or _as_checkpoint_error(error, tag.tag)
 
 
@@ -155,15 +158,23 @@ class LazyCheckpointEngine(CheckpointEngine):
 
     @override
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """As `CheckpointEngine.makedirs`; within `handing_over` see `alone`."""
-        with self.alone():
+        """As `CheckpointEngine.makedirs`.
+
+        Within `handing_over` a directory is DeepSpeed's own wish: `create` makes, or
+        refuses on all ranks, those that a checkpoint needs.
+        """
+        try:
             super().makedirs(path, exist_ok)
+        except OSError as error:
+            if self._handing_over is None:
+                raise
+            _logger.warning("%s could not be made: %s", path, error)
 
     @contextlib.contextmanager
     def alone(self) -> Generator[None]:
         """Within `handing_over`: what one rank does while others wait for it.
 
-        What the file system refuses is told by `create`, or by the commit.
+        What the file system refuses is told by the commit.
         """
         try:
             yield

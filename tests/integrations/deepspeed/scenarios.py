@@ -314,6 +314,8 @@ def no_room_for_what_rank_0_copies(problems, root):
     trainer.engine.save_checkpoint(root, tag="two")
     module.copyfile = copyfile
     trainer.run(0, 1)
+    ours = trainer.engine.checkpoint_engine
+    ours._wait(ours._commits)
     error = error_of(trainer.engine.save_checkpoint, root, tag="three")
     check(problems, getattr(error, "rank", None) == 0, f"{error!r} names no rank")
     check(problems, "No space left" in str(error), f"{error!r} does not tell why")
