@@ -90,7 +90,7 @@ async def test_a_disk_without_room_is_found_before_anything_is_written(
             handle = await engine.save({"w": torch.ones(1 << 20)}, "model.pt")
             with pytest.raises(StorageError, match=r"needed.*free") as full:
                 await engine.commit("large")
-        assert (full.value.errno, handle.progress.staged_bytes) == (errno.ENOSPC, 0)
+        assert (full.value.errno, handle.progress.written_bytes) == (errno.ENOSPC, 0)
         assert str(full.value.filename).endswith("model.pt")
 
 
