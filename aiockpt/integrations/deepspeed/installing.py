@@ -45,6 +45,7 @@ def install() -> None:
     kind.save_checkpoint = _saving(kind.save_checkpoint)
     kind.load_checkpoint = _loading(kind.load_checkpoint)
     kind.__del__ = _collecting(kind.__del__)
+    kind.save_16bit_model = _telling(kind.save_16bit_model)
     for name in _ALONE:
         setattr(kind, name, _alone(getattr(kind, name)))
     for name in _CHANGING + _FREEING:
@@ -90,6 +91,18 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
 
     return save_checkpoint
+
+
+def _telling(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of what all ranks call, and one of them does the most of."""
+
+    @functools.wraps(original)
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = _engine_of(self)
+        with contextlib.nullcontext() if engine is None else engine.or_told():
+            return original(self, *args, **kwargs)
+
+    return save
 
 
 def _loading(original: Callable[..., Any]) -> Callable[..., Any]:

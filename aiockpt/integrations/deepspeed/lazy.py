@@ -121,6 +121,21 @@ class LazyCheckpointEngine(CheckpointEngine):
         if handing_over.tag is not None:
             self._begin_commit(handing_over.tag)
 
+    @contextlib.contextmanager
+    def or_told(self) -> Generator[None]:
+        """What is opened within and not committed, since this rank fails, fails on all.
+
+        The others may wait in `commit` already.
+        """
+        known = list(self._tags)
+        try:
+            yield
+        except BaseException as error:
+            for tag in [each for each in self._tags if each not in known]:
+                self._tags.remove(tag)
+                self._roots.run(self._drop_alone(tag, error))
+            raise
+
     @override
     def create(self, info: str | CommitInfo) -> None:
         """As `CheckpointEngine.create`; what failed since the last call is raised."""

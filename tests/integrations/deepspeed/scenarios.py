@@ -325,6 +325,29 @@ def no_room_for_what_rank_0_copies(problems, root):
     check(problems, published(root) == ["one", "three"], f"{published(root)}")
 
 
+def a_16_bit_model_that_rank_0_cannot_save(problems, root):
+    trainer = Trainer({"stage": 3, "dtype": "bf16"}, is_ours=True)
+    ours, rank = trainer.engine.checkpoint_engine, dist.get_rank()
+
+    def refused(path, *, exist_ok):
+        raise OSError(errno.EACCES, "Permission denied", path)
+
+    if rank == 0:
+        ours.makedirs = refused
+    told = None
+    try:
+        trainer.engine.save_16bit_model(root)
+    except (CheckpointError, OSError) as error:
+        told = error
+    check(problems, "Permission denied" in str(told), f"{told!r} does not tell why")
+    check(problems, isinstance(told, PeerError) == (rank != 0), f"{told!r} was raised")
+    if rank == 0:
+        del ours.makedirs
+    trainer.engine.save_16bit_model(root)
+    check(problems, os.path.exists(f"{root}/pytorch_model.bin"), "it is not there")
+    trainer.end()
+
+
 def no_memory_for_copies_on_one_rank(problems, root):
     trainer = Trainer(CELL, is_ours=True)
     trainer.engine.save_checkpoint(root, tag="one")

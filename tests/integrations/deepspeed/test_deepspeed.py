@@ -142,6 +142,7 @@ CASES = [
     "where_no_directory_can_be",
     "under_a_file",
     "no_room_for_what_rank_0_copies",
+    "a_16_bit_model_that_rank_0_cannot_save",
     "no_memory_for_copies_on_one_rank",
     "the_documented_block",
     "nobody_destroys_it",
