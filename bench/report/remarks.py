@@ -5,6 +5,14 @@ Written by hand from profiles (`py-spy`, `perf`, `strace -c`), kept beside the f
 
 __all__ = ["REMARKS"]
 
+_GAP = (
+    "the longest is that of a process's first save: the garbage collector's first full run "
+    "after all the imports falls into it, in whichever thread allocates next, and holds "
+    "the interpreter's lock (258 ms of a gap of 268, told by `gc.callbacks`, in a script "
+    "that is not in the repository). The gaps of later saves, about 20 ms, were not taken "
+    "apart: more threads are at work than there are cores."
+)
+
 REMARKS: dict[str, str] = {
     "durable throughput": (
         "the disk, where it is slow: everybody waits for it, and no ratio can be larger "
@@ -24,12 +32,30 @@ REMARKS: dict[str, str] = {
     ),
     "stall in `save`": (
         "walking the containers and marking each tensor, about a microsecond each. The "
-        "worst is one save of all; what held it up is not known."
+        "worst is one save of all; a full run of the garbage collector takes as long (see "
+        "the loop gap), but nobody saw that it was one."
     ),
     "planning in the worker": (
-        "a first plan: pickling and, as much again, laying out the file and cutting it "
-        "into chunks. A later one: asking each tensor what the pickle would say of it, "
+        "a first plan: a full run of the garbage collector (see the loop gap), pickling "
+        "and, as much again, laying out the file and cutting it into chunks. A later one: asking each tensor what the pickle would say of it, "
         "and making and freeing Python's wrappers of the storages."
+    ),
+    "durable throughput under a GIL-bound trainer": (
+        "two cores, and the interpreter's lock: a trainer that never waits gives it away "
+        "only when asked to, and the threads that copy, sum and write want it for a "
+        "moment between two calls. A thread with `torch.save` takes more. It was not "
+        "taken apart further."
+    ),
+    "loop gap, caller's loop": _GAP,
+    "loop gap, engine's loop": _GAP,
+    "step inflation, trainer on 1 of 2 cores": (
+        "one core is the trainer's. A save takes a good part of the other, for two "
+        "seconds; a thread with `torch.save` takes less of it, for five. All that a save "
+        "costs stands in the column *lost*."
+    ),
+    "checksum cost, save": (
+        "the CRC-32 of every byte, on cores that copy and write as well; it varies with "
+        "the disk, which lets it hide or not."
     ),
     "commit beyond the data": (
         "six fsyncs, whatever the number of files: the manifest, its directory, the "

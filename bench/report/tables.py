@@ -218,7 +218,8 @@ SECTIONS = [
         "time. Whoever maps the file is charged for touching every page. aiockpt "
         "verifies checksums; the others do not (files of `torch.save` have them). "
         "*Right after the save* the page cache is as the save has left it: aiockpt and "
-        "raw write around it. *From the page cache*, all files have been read before. "
+        "raw write around it (up to commit a5bea56 files of this case had been read "
+        "before, as now in the next). *From the page cache*, all have been read before. "
         "A mapped file's pages are shared with the cache: whoever writes to such a "
         "tensor pays for a copy then, which is not counted here.",
         _LOADED,
