@@ -313,6 +313,9 @@ def two_processes(out: str) -> Any:
     """One of two processes that train together."""
     training = train(Ours, out)
     resumed = train(Trainer, f"{out}-2", resume=f"{out}/checkpoint-4")
+    # Neither ends while the other still has connections to it.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
     if int(os.environ["RANK"]):
         raise SystemExit(0)
     return {
