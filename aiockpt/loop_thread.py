@@ -1,6 +1,6 @@
 """The engine's own thread: an event loop with one task group, and its callers' side."""
 
-__all__ = ["Call", "LoopThread"]
+__all__ = ["Call", "LoopThread", "Work"]
 
 import asyncio
 import collections
@@ -19,9 +19,10 @@ T = TypeVar("T")
 class Call(Generic[T]):
     """One coroutine running on a `LoopThread`, as its callers elsewhere see it."""
 
-    def __init__(self, thread: "LoopThread", work: Coroutine[Any, Any, T]) -> None:
+    def __init__(self, work: Coroutine[Any, Any, T]) -> None:
         """Prepares the call; `LoopThread.spawn` starts it."""
-        self._thread = thread
+        # None until a thread has it, or may have it.
+        self._thread: LoopThread | None = None
         self._work = work
         # None until it runs: a task that is cancelled before its first step never
         # enters its coroutine, and nobody would learn how it ended.
@@ -48,13 +49,25 @@ class Call(Generic[T]):
 
         If interrupted (Ctrl-C): as `wait` if cancelled.
         """
+        return self.run(lambda _: None)
+
+    def run(self, spawn: Callable[["Call[T]"], object]) -> T:
+        """The result, once `spawn` has started the call and it has ended.
+
+        If interrupted (Ctrl-C): as `wait` if cancelled, also while it is being started.
+        The loop may have begun the work before its thread lets `spawn` return.
+        """
         try:
             try:
+                spawn(self)
                 self._block()
             except BaseException as interrupted:
-                self._cancel()
-                self._block()
-                self._tell_outcome(interrupted)
+                if self._thread is None:
+                    self.close()
+                else:
+                    self._cancel()
+                    self._block()
+                    self._tell_outcome(interrupted)
                 raise
             return self._outcome.result()
         finally:
@@ -93,15 +106,30 @@ class Call(Generic[T]):
         self._outcome.add_done_callback(call_back)
 
     def _cancel(self) -> bool:
+        assert self._thread is not None
         self._thread.run_soon(self._cancel_task)
         return False
 
     def _cancel_task(self) -> None:
         # Once: a second cancellation would interrupt what the first one undoes.
-        if not self._is_cancelled:
-            self._is_cancelled = True
-            if self._task is not None:
-                self._task.cancel()
+        if self._is_cancelled:
+            return
+        self._is_cancelled = True
+        if self._task is not None:
+            self._task.cancel()
+        else:
+            # It has not begun, or its caller was interrupted before the loop heard of it.
+            self._work.close()
+            self._outcome.cancel()
+
+    def give_to(self, thread: "LoopThread") -> None:
+        """Notes that `thread` may run it from here on."""
+        self._thread = thread
+
+    def close(self) -> None:
+        """Ends it unstarted: no thread runs it."""
+        self._thread = None
+        self._work.close()
 
     def start(self, group: asyncio.TaskGroup) -> None:
         """Begins the coroutine; called on the loop that runs it."""
@@ -112,8 +140,7 @@ class Call(Generic[T]):
         outcome = self._outcome
         try:
             if self._is_cancelled:
-                self._work.close()
-                raise asyncio.CancelledError  # noqa: TRY301 - it ends as any other
+                return
             result = await self._work
         except asyncio.CancelledError:
             outcome.cancel()
@@ -123,6 +150,9 @@ class Call(Generic[T]):
             outcome.set_result(result)
         finally:
             del self, outcome  # as in `settle`
+
+
+Work = Coroutine[Any, Any, T] | Call[T]
 
 
 class LoopThread:
@@ -183,18 +213,19 @@ class LoopThread:
         """Whether the caller runs on this thread."""
         return threading.current_thread() is self._thread
 
-    def spawn(self, work: Coroutine[Any, Any, T]) -> Call[T]:
+    def spawn(self, work: Work[T]) -> Call[T]:
         """Starts `work` on the loop, from any thread, without waiting for it.
 
         Raises:
             RuntimeError: The thread is ending.
         """
-        call = Call(self, work)
+        call = work if isinstance(work, Call) else Call(work)
+        call.give_to(self)
         with self._lock:
             if not self._is_stopping:
                 self._loop.call_soon_threadsafe(self._start, call)
                 return call
-        work.close()
+        call.close()
         raise RuntimeError("the loop's thread is ending")
 
     def run_soon(self, callback: Callable[[], object]) -> None:

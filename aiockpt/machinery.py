@@ -17,7 +17,7 @@ from aiockpt.errors import EngineStateError
 from aiockpt.events import Event, Observer
 from aiockpt.guard import StagingGate
 from aiockpt.loader import Loader
-from aiockpt.loop_thread import Call, LoopThread
+from aiockpt.loop_thread import Call, LoopThread, Work
 from aiockpt.ring import Ring
 from aiockpt.saver import Saver
 from aiockpt.staging.cuda_driver import CudaDriver, current_device
@@ -122,7 +122,7 @@ class Machinery:
         """Whether the caller runs on the engine's own thread."""
         return self._thread.is_current
 
-    def spawn(self, work: Coroutine[Any, Any, T]) -> Call[T]:
+    def spawn(self, work: Work[T]) -> Call[T]:
         """Runs a coroutine on the engine's loop; from any thread, without waiting.
 
         Raises:
@@ -137,6 +137,13 @@ class Machinery:
             return self._thread.spawn(work)
         except RuntimeError as error:
             raise EngineStateError("the engine has been closed") from error
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` comes to on the engine's loop; blocks the calling thread.
+
+        If interrupted (Ctrl-C): the work is cancelled and waited for.
+        """
+        return Call(work).run(self.spawn)
 
     def emit(self, event: Event) -> None:
         """Tells every observer; what one raises is logged and goes no further."""

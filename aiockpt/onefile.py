@@ -72,7 +72,7 @@ def save_blocking(
     """`save` for callers that block."""
     machinery, work = _begin_save(SingleFile(obj, path, metadata))
     try:
-        machinery.spawn(work).result()
+        machinery.run(work)
     finally:
         machinery.stop()
         machinery.join()
@@ -155,7 +155,7 @@ def load_blocking(  # noqa: PLR0913 - the contract's signature
     )
     machinery, work = _begin_load(path, options)
     try:
-        return machinery.spawn(work).result()
+        return machinery.run(work)
     finally:
         machinery.stop()
         machinery.join()

@@ -32,7 +32,7 @@ from aiockpt.errors import (
 from aiockpt.events import CommitReport, Observer
 from aiockpt.leases import Reading
 from aiockpt.loader import Loader, LoadOptions
-from aiockpt.loop_thread import Call
+from aiockpt.loop_thread import Call, Work
 from aiockpt.machinery import Machinery
 from aiockpt.manifest import TagInfo, check_path, check_tag
 from aiockpt.open_tags import OpenTags
@@ -153,7 +153,7 @@ class Runtime:
         """Whether this is a copy in a forked child, where nothing of it runs."""
         return self._machinery.is_forked
 
-    def spawn(self, work: Coroutine[Any, Any, T]) -> Call[T]:
+    def spawn(self, work: Work[T]) -> Call[T]:
         """Runs one of the coroutines below on the engine's loop.
 
         Raises:
@@ -161,16 +161,23 @@ class Runtime:
         """
         try:
             self.check_usable()
-            return self._spawn(work)
-        except BaseException:
+        except EngineStateError:
             work.close()
             raise
+        return self._spawn(work)
 
-    def spawn_last(self, work: Coroutine[Any, Any, T]) -> Call[T]:
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` comes to on the engine's loop; blocks the calling thread.
+
+        If interrupted (Ctrl-C): the work is cancelled and waited for.
+        """
+        return Call(work).run(self.spawn)
+
+    def spawn_last(self, work: Work[T]) -> Call[T]:
         """As `spawn`, also while the engine is being closed."""
         return self._machinery.spawn(work)
 
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> Call[T]:
+    def _spawn(self, work: Work[T]) -> Call[T]:
         call = self._machinery.spawn(work)
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)

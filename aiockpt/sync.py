@@ -63,7 +63,7 @@ class SaveHandle:
 
     def written(self) -> None:
         """Returns when the file is complete and durable; not yet published."""
-        self._runtime.spawn(self._runtime.open_tags.save_written(self._save)).result()
+        self._runtime.run(self._runtime.open_tags.save_written(self._save))
 
 
 class CheckpointEngine:
@@ -98,7 +98,7 @@ class CheckpointEngine:
     def __enter__(self) -> Self:
         """Sweeps what dead processes left in the root."""
         try:
-            self._runtime.spawn(self._runtime.sweep_at_start()).result()
+            self._runtime.run(self._runtime.sweep_at_start())
         except BaseException as error:
             # The block is not entered, so nobody else would close the engine.
             self.__exit__(type(error), error, error.__traceback__)
@@ -127,7 +127,7 @@ class CheckpointEngine:
     def create(self, tag: str, *, overwrite: bool = False) -> None:
         """Opens a tag for saving; readers see nothing of it until `commit`."""
         options = TagOptions(is_overwrite=overwrite)
-        self._runtime.spawn(self._runtime.open_tags.create(tag, options)).result()
+        self._runtime.run(self._runtime.open_tags.create(tag, options))
 
     def save(
         self,
@@ -186,7 +186,7 @@ class CheckpointEngine:
 
     def commit(self, tag: str) -> CommitReport:
         """Makes a tag durable under its name, atomically, and moves `latest` to it."""
-        return self._runtime.spawn(self._runtime.commit(tag)).result()
+        return self._runtime.run(self._runtime.commit(tag))
 
     def preempt_on(self, *signals: int) -> None:
         """From now on, any of `signals` sets `is_preempted` and ends `preempted`."""
@@ -199,7 +199,7 @@ class CheckpointEngine:
 
     def preempted(self) -> None:
         """Returns when one of the signals of `preempt_on` has come."""
-        self._runtime.spawn_last(self._runtime.preemption.signalled()).result()
+        Call(self._runtime.preemption.signalled()).run(self._runtime.spawn_last)
 
     def save_before(
         self,
@@ -220,7 +220,7 @@ class CheckpointEngine:
 
     def abort(self, tag: str) -> None:
         """Drops an open tag: nothing is published and nothing stays on the disk."""
-        self._runtime.spawn(self._runtime.open_tags.abort(tag)).result()
+        self._runtime.run(self._runtime.open_tags.abort(tag))
 
     def load(  # noqa: PLR0913 - the contract's signature
         self,
@@ -246,14 +246,14 @@ class CheckpointEngine:
             strict=strict,
         )
         work = self._runtime.tag_loader.load(path, tag, options)
-        return self._runtime.spawn(work).result()
+        return self._runtime.run(work)
 
     def load_bytes(
         self, path: str | os.PathLike[str], *, tag: str | None = None
     ) -> bytes:
         """Returns the bytes of a file of a published tag (by default the latest)."""
         work = self._runtime.tag_loader.load_bytes(path, tag)
-        return self._runtime.spawn(work).result()
+        return self._runtime.run(work)
 
     def load_latest_valid(
         self,
@@ -273,7 +273,7 @@ class CheckpointEngine:
             strict=strict,
         )
         work = self._runtime.tag_loader.load_latest_valid(paths, options)
-        return self._runtime.spawn(work).result()
+        return self._runtime.run(work)
 
     def open(
         self,
@@ -292,11 +292,11 @@ class CheckpointEngine:
 
     def latest(self) -> str | None:
         """The tag to resume from; None where nothing is published."""
-        return self._runtime.spawn(self._runtime.latest()).result()
+        return self._runtime.run(self._runtime.latest())
 
     def tags(self) -> list[TagInfo]:
         """The published tags, oldest first."""
-        return self._runtime.spawn(self._runtime.tags()).result()
+        return self._runtime.run(self._runtime.tags())
 
     def watch(self, after: str | TagInfo | None = None) -> Iterator[TagInfo]:
         """Yields each newly published tag, oldest first, whoever publishes it."""
@@ -306,14 +306,14 @@ class CheckpointEngine:
         self, tag: str | None = None, *, newer_than: str | TagInfo | None = None
     ) -> TagInfo:
         """The tag to read next, once it is published, whoever publishes it."""
-        return self._runtime.spawn(self._runtime.wait_for(tag, newer_than)).result()
+        return self._runtime.run(self._runtime.wait_for(tag, newer_than))
 
     @contextmanager
     def reading(self, tag: str | None = None) -> Generator[TagInfo]:
         """Keeps a published tag (by default the latest) while the block runs."""
         reading = self._runtime.reading(tag)
         try:
-            yield self._runtime.spawn(reading.begin()).result()
+            yield self._runtime.run(reading.begin())
         finally:
             call = self._runtime.end_reading(reading)
             if call is not None:
@@ -321,11 +321,11 @@ class CheckpointEngine:
 
     def delete(self, tag: str) -> None:
         """Unpublishes a tag, durably, then removes its files."""
-        self._runtime.spawn(self._runtime.delete(tag)).result()
+        self._runtime.run(self._runtime.delete(tag))
 
     def sweep(self) -> list[str]:
         """Removes what dead engines left in the root; their names."""
-        return self._runtime.spawn(self._runtime.sweep()).result()
+        return self._runtime.run(self._runtime.sweep())
 
     def close(self) -> None:
         """Ends the engine: commits under way finish, open tags are dropped.

@@ -62,7 +62,7 @@ class BackgroundTags:
         self.drain()
         options = TagOptions(is_overwrite=True)
         try:
-            self._runtime.spawn(self._runtime.open_tags.create(tag, options)).result()
+            self._runtime.run(self._runtime.open_tags.create(tag, options))
             with tempfile.TemporaryDirectory(prefix="aiockpt-") as directory:
                 with self._handed_over(directory, tag, list(changing)):
                     yield directory
@@ -99,7 +99,7 @@ class BackgroundTags:
 
     def _abort(self, tag: str, error: BaseException) -> None:
         try:
-            self._runtime.spawn(self._runtime.open_tags.abort_if_open(tag)).result()
+            self._runtime.run(self._runtime.open_tags.abort_if_open(tag))
         except CheckpointError as lost:
             error.add_note(f"and on dropping tag {tag!r}: {lost}")
 
@@ -115,14 +115,14 @@ class BackgroundTags:
 
     def tags(self) -> list[str]:
         """The published tags, oldest first."""
-        infos = self._runtime.spawn(self._runtime.tags()).result()
+        infos = self._runtime.run(self._runtime.tags())
         return [info.tag for info in infos]
 
     def delete(self, tags: Iterable[str]) -> None:
         """Removes published tags, but for what is gone already or is being read."""
         for tag in tags:
             with contextlib.suppress(CheckpointNotFoundError, EngineStateError):
-                self._runtime.spawn(self._runtime.delete(tag)).result()
+                self._runtime.run(self._runtime.delete(tag))
 
     def close(self) -> None:
         """Drains, and ends the engine.

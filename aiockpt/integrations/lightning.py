@@ -83,7 +83,7 @@ class AiockptCheckpointIO:
         if not target.parent.is_dir():
             # At once: Lightning makes links in it. Its entry is made durable, too.
             storage = machinery.storage(f"{target.parent}")
-            machinery.spawn(_blocking(machinery, storage.make_dirs, "")).result()
+            machinery.run(_blocking(machinery, storage.make_dirs, ""))
         file = SingleFiles(machinery).save(with_copies(checkpoint), target)
         self._then(file.publish)
 

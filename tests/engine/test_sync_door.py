@@ -196,6 +196,33 @@ print([thread.name for thread in threading.enumerate()])
     ]
 
 
+def test_ctrl_c_before_a_commit_is_waited_for_ends_it_too(root):
+    script = """
+writing = hold(local_write.LocalWriteFile, "_write")
+waiting = signalling(attempt.Attempt, "_seal")
+spawn = loop_thread.LoopThread.spawn
+
+def press_ctrl_c(thread, work):
+    loop_thread.LoopThread.spawn = spawn
+    call = spawn(thread, work)
+    assert writing.wait(30) and waiting.wait(30)
+    os.kill(os.getpid(), signal.SIGINT)
+    return call
+
+with engine:
+    engine.create("a")
+    engine.save(state, "model.pt")
+    loop_thread.LoopThread.spawn = press_ctrl_c
+    try:
+        engine.commit("a")
+    except KeyboardInterrupt:
+        print("interrupted")
+    gate.set()
+    print(engine.latest(), engine.commit("a").tag)
+"""
+    assert lines(script, root) == ["interrupted", "None a"]
+
+
 def test_ctrl_c_lets_a_publication_finish_and_says_so(root):
     script = """
 publishing = hold(catalog.Catalog, "publish")

@@ -371,6 +371,50 @@ def test_ctrl_c_cancels_what_is_waited_for_and_waits_until_it_is_undone(
     assert loop_thread.spawn(give(1)).result() == 1
 
 
+@pytest.mark.parametrize("end", [reraise, complete, fail])
+def test_ctrl_c_between_the_start_of_a_call_and_the_wait_for_it_cancels_it(
+    loop_thread, end, monkeypatch
+):
+    undone = Undone()
+    call = Call(undone.run(end))
+    outcome = call._outcome.exception
+
+    def waits(timeout: float | None = None) -> object:
+        loop_thread.run_soon(undone.may_end.set)
+        return outcome(timeout)
+
+    def spawn(call: Call[object]) -> None:
+        loop_thread.spawn(call)
+        undone.began.wait_reached()
+        monkeypatch.setattr(call._outcome, "exception", waits)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError
+
+    try:
+        with pytest.raises(KeyboardInterrupt) as interrupted:
+            call.run(spawn)
+        assert undone.has_ended
+    finally:
+        loop_thread.run_soon(undone.may_end.set)
+    check_told(interrupted.value, end)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("is_given", [False, True])
+def test_a_call_that_ctrl_c_keeps_from_being_started_never_begins(
+    loop_thread, is_given
+):
+    def spawn(call: Call[object]) -> None:
+        if is_given:
+            call.give_to(loop_thread)
+        signal.raise_signal(signal.SIGINT)
+
+    work = give(1)
+    with pytest.raises(KeyboardInterrupt):
+        Call(work).run(spawn)
+    assert inspect.getcoroutinestate(work) == inspect.CORO_CLOSED
+
+
 def test_a_call_cancelled_from_within_says_so_to_a_blocked_caller(loop_thread):
     async def give_up() -> None:
         raise asyncio.CancelledError

@@ -46,7 +46,7 @@ class Roots:
         Raises:
             EngineStateError: This was closed, or belongs to the parent process.
         """
-        return self.machinery.spawn(work).result()
+        return self.machinery.run(work)
 
     def enter(self, root: str) -> Runtime:
         """The runtime of a directory; it stays until `leave` has come as often."""
