@@ -15,6 +15,8 @@ from aiockpt.threads import outlast, settle
 
 T = TypeVar("T")
 
+_SIGNAL_CHECK_S = 0.5
+
 
 class Call(Generic[T]):
     """One coroutine running on a `LoopThread`, as its callers elsewhere see it."""
@@ -75,8 +77,12 @@ class Call(Generic[T]):
 
     def _block(self) -> None:
         # Not `concurrent.futures.wait`: a signal could make it leave its locks locked.
+        # Not for ever: Python's handler runs when the wait ends, and a signal that comes
+        # in the instant before the thread falls asleep does not end it.
         with contextlib.suppress(concurrent.futures.CancelledError):
-            self._outcome.exception()
+            while not self._outcome.done():
+                with contextlib.suppress(TimeoutError):
+                    self._outcome.exception(_SIGNAL_CHECK_S)
 
     def _tell_outcome(self, interrupted: BaseException) -> None:
         if self._outcome.cancelled():
