@@ -213,6 +213,8 @@ class Agreement:
         self._has_spoken = False
         self._is_kept = False
         self._refusal: Exception | None = None
+        self._told: Exception | None = None
+        self._objecting = asyncio.Lock()
         self._shares: list[Share] = []
         self._start_s = 0.0
 
@@ -255,9 +257,16 @@ class Agreement:
         if self._is_too_late:
             return None
         self._refusal = self._refusal or error
-        return await self._ranks.object(
-            self._topic("commit"), error, phase, scope=f"{self.meetings}/"
-        )
+        return await outlast(self._object(error, phase))
+
+    async def _object(self, error: Exception, phase: str) -> Exception | None:
+        # Once: a second objection would be one to the next use of the topic.
+        async with self._objecting:
+            if self._told is None and not self._is_too_late:
+                self._told = await self._ranks.object(
+                    self._topic("commit"), error, phase, scope=f"{self.meetings}/"
+                )
+            return self._told
 
     async def publish(self, share: Share) -> CommitReport | None:
         """Publishes the files of all ranks, once every rank has called this.
@@ -301,7 +310,7 @@ class Agreement:
         return verdict.report
 
     async def _tell_outcome(self, error: PeerError) -> None:
-        """Notes whether rank 0, which was lost or took too long, had published."""
+        """Notes whether rank 0, which was lost, had published."""
         if not _is_undecided(error):
             return
         with contextlib.suppress(CheckpointError):
@@ -329,7 +338,7 @@ class Agreement:
         files = _all_files(self._shares)
         if not files or self.place.hosts:
             return _Verdict(None, is_empty=not files)
-        await self._show(files)
+        await self._show(files, step="commit")
         return _Verdict(self._report())
 
     def _report(self) -> CommitReport:
@@ -351,7 +360,7 @@ class Agreement:
             raise await self._ranks.object(topic, error, "publish") or error from error
 
         async def decide(_words: Sequence[bytes]) -> _Verdict:
-            await self._show(_all_files(self._shares))
+            await self._show(_all_files(self._shares), step="show")
             return _Verdict(self._report())
 
         try:
@@ -384,8 +393,18 @@ class Agreement:
 
     # --- in any place ---------------------------------------------------------
 
-    async def _show(self, files: Sequence[FileEntry]) -> Manifest:
+    async def _show(
+        self, files: Sequence[FileEntry], *, step: str | None = None
+    ) -> Manifest:
+        """Publishes in this root; as what rank 0 decides on a step, or before that."""
         place = self.place
+        loop = asyncio.get_running_loop()
+
+        def insist() -> None:
+            if step is not None:
+                insisting = self._ranks.insist(self._topic(step))
+                asyncio.run_coroutine_threadsafe(insisting, loop).result()
+
         own = [entry for entry in files if entry.place == place.number]
         return await run_blocking(
             self._clerks,
@@ -403,6 +422,7 @@ class Agreement:
             points_latest=self._options.points_latest,
             place=place.number,
             hosts=place.hosts,
+            before_shown=insist,
         )
 
 
@@ -412,12 +432,8 @@ def _placed(share: Share, number: int) -> Share:
 
 
 def _is_undecided(error: Exception) -> bool:
-    """Whether rank 0 was lost, or took too long: it may have published or not."""
-    return (
-        isinstance(error, PeerError)
-        and error.rank == 0
-        and error.phase in {"lost", "decide"}
-    )
+    """Whether rank 0 was lost: it may have published or not."""
+    return isinstance(error, PeerError) and (error.rank, error.phase) == (0, "lost")
 
 
 def _all_files(shares: Sequence[Share]) -> tuple[FileEntry, ...]:

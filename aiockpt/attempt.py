@@ -289,9 +289,9 @@ class Attempt:
             raise asyncio.CancelledError
         if (error := publishing.exception()) is not None:
             if self.failure is None:
-                await finish(
-                    self._fail(_as_checkpoint_error(error, f"tag {self.tag}"), None)
-                )
+                # Before anything else runs: an abort may have been told the same.
+                self.failure = _as_checkpoint_error(error, f"tag {self.tag}")
+                await finish(self._fail(self.failure, None))
             if is_cancelled:
                 # The failure waits for the next caller; this one would not see it.
                 raise asyncio.CancelledError

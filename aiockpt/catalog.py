@@ -17,7 +17,7 @@ import errno
 import logging
 import secrets
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from importlib import metadata
 
 import torch
@@ -160,6 +160,7 @@ class Catalog(TagReader):
         points_latest: bool = True,
         place: int = 0,
         hosts: Mapping[int, str] | None = None,
+        before_shown: Callable[[], None] = lambda: None,
     ) -> Manifest:
         """Makes a directory of durable files the tag `tag`, and `latest`.
 
@@ -178,6 +179,8 @@ class Catalog(TagReader):
             points_latest: Whether `latest` is moved to it.
             place: See `Manifest`.
             hosts: See `Manifest`.
+            before_shown: Called right before the rename; what it raises is raised, and
+                nothing is visible.
 
         Raises:
             EngineStateError: Somebody else published the tag first.
@@ -213,6 +216,7 @@ class Catalog(TagReader):
             if points_latest:
                 storage.write_durable(pending, f"{tag}\n".encode())
             try:
+                before_shown()
                 self._show(tag, directory, is_swap=is_swap)
             except BaseException:
                 storage.remove(pending)

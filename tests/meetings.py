@@ -127,6 +127,9 @@ class _Rank(Ranks):
         outcome = meeting.outcome.result()
         return None if isinstance(outcome, bytes) else outcome()
 
+    async def insist(self, topic: str) -> None:
+        pass
+
     async def close(self) -> None:
         pass
 

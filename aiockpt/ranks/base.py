@@ -85,6 +85,21 @@ class Ranks(Protocol):
         """
         ...
 
+    async def insist(self, topic: str) -> None:
+        """Called by rank 0 inside `decide`, before what it cannot take back.
+
+        From here on no deadline makes the topic fail: either all are told that it took
+        too long and this raises, or all are told what `decide` comes to, if rank 0
+        lives.
+
+        Args:
+            topic: One of all ranks, on which rank 0 is deciding.
+
+        Raises:
+            PeerError: The others have been told that it took too long.
+        """
+        ...
+
     async def close(self) -> None:
         """Leaves the job: whoever still waits for this rank is told. Idempotent.
 

@@ -22,6 +22,7 @@ from aiockpt.ranks.messages import (
     Farewell,
     FromHub,
     FromMember,
+    Insistence,
     Objection,
     Verdict,
     Veto,
@@ -122,8 +123,8 @@ class Hub:
                     self._fail(called, failure, rank, scope)
             case Withdrawal(call):
                 self._withdraw(rank, call)
-            case Decision():
-                self._decide(rank, message)
+            case Insistence() | Decision():
+                self._hear_chair(rank, message)
             case _:
                 raise ProtocolError(f"rank {rank} said {type(message).__name__}")
 
@@ -214,11 +215,17 @@ class Hub:
         self._expire_at(instance, self._timeout_s * _DECIDE_FACTOR)
         self._seats[chair].send(Words(instance.waiting[chair], words))
 
-    def _decide(self, rank: int, decision: Decision) -> None:
-        instance = self._called(rank, decision.call)
+    def _hear_chair(self, rank: int, message: Insistence | Decision) -> None:
+        instance = self._called(rank, message.call)
         # Unknown where it took the chair too long: the members have been told.
         if instance is None or not instance.is_deciding or instance.chair != rank:
             return
+        if isinstance(message, Insistence):
+            instance.stop_timer()
+        else:
+            self._decide(instance, rank, message)
+
+    def _decide(self, instance: Instance, rank: int, decision: Decision) -> None:
         if decision.verdict is None:
             failure = decision.failure or Failure("nothing was decided", rank=rank)
             self._fail(instance, failure, rank)
@@ -331,7 +338,7 @@ class Hub:
         within = f"{instance.key[0]!r} within"
         if instance.is_deciding:
             rank, age_s = instance.chair, self._timeout_s * _DECIDE_FACTOR
-            text = f"rank {rank} did not decide on {within} {age_s:g} s: it may yet"
+            text = f"rank {rank} did not decide on {within} {age_s:g} s"
             failure = Failure(text, rank=rank, phase="decide")
         else:
             missing = instance.missing()

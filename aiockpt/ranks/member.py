@@ -23,6 +23,7 @@ from aiockpt.ranks.messages import (
     Farewell,
     FromHub,
     FromMember,
+    Insistence,
     Objection,
     Verdict,
     Veto,
@@ -142,6 +143,15 @@ class Member(Ranks):
         key = topic, self._checked(group)
         told = objection(self.rank, phase, error)
         return await outlast(self._object(key, error, told, scope))
+
+    @override
+    async def insist(self, topic: str) -> None:
+        """See `Ranks.insist`. The hub is in this process: it hears of it at once."""
+        (call,) = (c for c in self._consulting if c.key == (topic, None))
+        if call.outcome.done() and (error := call.result()) is not None:
+            raise error
+        assert self._link is not None
+        self._link.send(Insistence(call.number))
 
     @override
     async def close(self) -> None:

@@ -121,6 +121,12 @@ class Decision(_Message):
     failure: Failure | None = None
 
 
+class Insistence(_Message):
+    """The chair cannot take its verdict back from here on: no deadline ends the call."""
+
+    call: int
+
+
 class Goodbye(_Message):
     """The member leaves; the hub then closes the connection."""
 
@@ -158,7 +164,15 @@ class Farewell(_Message):
 
 
 FromMember: TypeAlias = (
-    Hello | Join | Word | Objection | Veto | Withdrawal | Decision | Goodbye
+    Hello
+    | Join
+    | Word
+    | Objection
+    | Veto
+    | Withdrawal
+    | Insistence
+    | Decision
+    | Goodbye
 )
 FromHub: TypeAlias = Welcome | Words | Verdict | Failed | Withdrawn | Farewell
 

@@ -51,5 +51,9 @@ class _ScopedRanks(Ranks):
         return await self._ranks.object(topic, error, phase, group=group, scope=scope)
 
     @override
+    async def insist(self, topic: str) -> None:
+        await self._ranks.insist(self._prefix + topic)
+
+    @override
     async def close(self) -> None:
         """Whoever made the ranks closes them."""

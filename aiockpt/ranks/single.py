@@ -65,5 +65,9 @@ class SingleRank(Ranks):
         return await outlast(undecided[0]) if undecided else error
 
     @override
+    async def insist(self, topic: str) -> None:
+        """See `Ranks.insist`: there is nobody who could have been told."""
+
+    @override
     async def close(self) -> None:
         """See `Ranks.close`."""

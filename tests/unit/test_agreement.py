@@ -442,54 +442,12 @@ async def test_what_comes_into_a_tag_that_is_taken_back_stays(
 
 
 def expire(ranks: Crew) -> None:
-    """The time is over for whoever is deciding."""
+    """The time is over for whoever is deciding, and is still held to one."""
     hub = ranks[0].ranks._door._star.server.hub
     for instance in [each for open_ in hub._open.values() for each in open_]:
         assert instance.is_deciding
-        hub._expire(instance)
-
-
-async def test_a_rank_0_that_takes_too_long_is_asked_afterwards_what_it_did(
-    tmp_path, monkeypatch, planners
-):
-    async with crew([tmp_path / "runs"] * 2, planners) as ranks:
-        attempts = await ranks.opened()
-        shown, seen = threading.Event(), threading.Event()
-        publish = ranks[0].catalog.publish
-
-        def publish_late(*args: Any, **kwargs: Any) -> Any:
-            manifest = publish(*args, **kwargs)
-            shown.set()
-            assert seen.wait(LIMIT_S)
-            return manifest
-
-        monkeypatch.setattr(ranks[0].catalog, "publish", publish_late)
-        late = asyncio.create_task(attempts[0].commit())
-        other = asyncio.create_task(ranks.commit(attempts[1:]))
-        await settled(shown.is_set)
-        expire(ranks)
-        (failure,) = await other
-        seen.set()
-        await late
-        for each in (failure, attempts[0].failure):
-            assert (each.rank, each.phase) == (0, "decide")
-            assert any("had published" in note for note in each.__notes__)
-
-
-async def test_a_place_keeps_what_it_shows_where_rank_0_took_too_long(
-    tmp_path, monkeypatch, planners
-):
-    roots = [tmp_path / "r0", tmp_path / "r1"]
-    async with crew(roots, planners) as ranks:
-        attempts = await ranks.opened()
-        with held(monkeypatch, ranks[0].catalog, "publish") as gate:
-            late = asyncio.create_task(attempts[0].commit())
-            other = asyncio.create_task(ranks.commit(attempts[1:]))
-            await ranks[0].blocking(gate.wait_reached)
-            expire(ranks)
-            await other
-        await late
-        assert await ranks.each(OneRank.tags) == [["a"]] * 2
+        if instance.timer is not None:
+            hub._expire(instance)
 
 
 def lose(ranks: Crew) -> None:
@@ -497,9 +455,95 @@ def lose(ranks: Crew) -> None:
     ranks[1].ranks.lose(lost(0, "lost"))
 
 
-@pytest.mark.parametrize("notice", [expire, lose])
-async def test_a_rank_that_gives_up_on_rank_0_takes_no_files_from_it(
-    tmp_path, monkeypatch, planners, notice
+@contextlib.contextmanager
+def shown_and_held(
+    monkeypatch: pytest.MonkeyPatch, catalog: Catalog
+) -> Iterator[threading.Event]:
+    """Set when the catalog has published; it returns from that after the block."""
+    shown, may_return = threading.Event(), threading.Event()
+    publish = catalog.publish
+
+    def publish_late(*args: Any, **kwargs: Any) -> Any:
+        manifest = publish(*args, **kwargs)
+        shown.set()
+        assert may_return.wait(LIMIT_S)
+        return manifest
+
+    monkeypatch.setattr(catalog, "publish", publish_late)
+    try:
+        yield shown
+    finally:
+        may_return.set()
+
+
+async def test_a_rank_0_that_was_lost_is_asked_afterwards_what_it_did(
+    tmp_path, monkeypatch, planners
+):
+    async with crew([tmp_path / "runs"] * 2, planners) as ranks:
+        attempts = await ranks.opened()
+        with shown_and_held(monkeypatch, ranks[0].catalog) as shown:
+            late = asyncio.create_task(attempts[0].commit())
+            other = asyncio.create_task(ranks.commit(attempts[1:]))
+            await settled(shown.is_set)
+            lose(ranks)
+            (failure,) = await other
+        await late
+        assert (failure.rank, failure.phase) == (0, "lost")
+        assert any("had published" in note for note in failure.__notes__)
+
+
+ROOTS = {"one root": ["runs", "runs"], "a root each": ["r0", "r1"]}
+
+
+@pytest.mark.parametrize("names", ROOTS.values(), ids=ROOTS)
+async def test_a_rank_0_that_has_begun_to_show_the_tag_is_waited_for_by_all(
+    tmp_path, monkeypatch, planners, names
+):
+    async with crew([tmp_path / name for name in names], planners) as ranks:
+        attempts = await ranks.opened()
+        with shown_and_held(monkeypatch, ranks[0].catalog) as shown:
+            committing = asyncio.create_task(ranks.commit(attempts))
+            await settled(shown.is_set)
+            expire(ranks)
+        one, other = await committing
+        assert one == other
+        assert one.num_files == 2
+        assert await ranks.each(OneRank.tags) == [["a"]] * 2
+
+
+@pytest.mark.parametrize("names", ROOTS.values(), ids=ROOTS)
+async def test_a_rank_0_that_took_too_long_to_show_the_tag_shows_nothing_any_more(
+    tmp_path, monkeypatch, planners, names
+):
+    async with crew([tmp_path / name for name in names], planners) as ranks:
+        attempts = await ranks.opened()
+        with held(monkeypatch, ranks[0].catalog, "publish") as gate:
+            committing = asyncio.create_task(ranks.commit(attempts))
+            await ranks[0].blocking(gate.wait_reached)
+            expire(ranks)
+        for failure in await committing:
+            assert isinstance(failure, PeerError)
+            assert (failure.rank, failure.phase) == (0, "decide")
+        assert await ranks.each(OneRank.tags) == [[]] * 2
+
+
+async def test_a_rank_that_refuses_twice_says_so_once(tmp_path, planners):
+    async with crew([tmp_path / "runs"] * 2, planners) as ranks:
+        attempts = await ranks.opened()
+        refuse = attempts[0]._agreement.refuse
+        told = await asyncio.gather(
+            refuse(ValueError("first"), "plan"), refuse(ValueError("second"), "abort")
+        )
+        assert [(str(each), each.phase) for each in told] == [
+            ("rank 0 failed in plan: ValueError: first", "plan")
+        ] * 2
+        (failure,) = await ranks.commit(attempts[1:])
+        assert failure.phase == "plan"
+        assert ranks[0].ranks._door._star.server.hub.num_open == 0
+
+
+async def test_a_rank_that_loses_rank_0_takes_no_files_from_it(
+    tmp_path, monkeypatch, planners
 ):
     async with crew([tmp_path / "runs"] * 2, planners) as ranks:
         attempts = await ranks.opened()
@@ -507,7 +551,7 @@ async def test_a_rank_that_gives_up_on_rank_0_takes_no_files_from_it(
             late = asyncio.create_task(attempts[0].commit())
             other = asyncio.create_task(ranks.commit(attempts[1:]))
             await ranks[0].blocking(gate.wait_reached)
-            notice(ranks)
+            lose(ranks)
             (failure,) = await other
             assert failure.rank == 0
         await late
@@ -516,7 +560,7 @@ async def test_a_rank_that_gives_up_on_rank_0_takes_no_files_from_it(
         assert [(root / f"a/dir/{n}.pt").read_bytes() for n in (0, 1)] == [b"data"] * 2
 
 
-async def test_an_abort_of_rank_0_takes_no_files_from_its_own_publishing(
+async def test_an_abort_of_rank_0_takes_no_files_while_it_publishes(
     tmp_path, monkeypatch, planners
 ):
     async with crew([tmp_path / "runs"] * 2, planners) as ranks:
@@ -533,7 +577,7 @@ async def test_an_abort_of_rank_0_takes_no_files_from_its_own_publishing(
             assert (directory / "dir/0.pt").exists()
         await late
         await aborting
-        assert await ranks.each(OneRank.tags) == [["a"]] * 2
+        assert await ranks.each(OneRank.tags) == [[], []]
 
 
 async def test_no_rank_of_a_node_takes_the_old_tag_from_its_publisher(

@@ -18,6 +18,7 @@ from aiockpt.ranks.messages import (
     Failure,
     Farewell,
     Hello,
+    Insistence,
     Objection,
     Verdict,
     Veto,
@@ -286,6 +287,36 @@ async def test_a_chair_that_does_not_decide_is_named_to_all_and_to_itself():
     assert "rank 0 did not decide on 't'" in failure.text
     assert (failure.rank, failure.phase) == (0, "decide")
     job.decide(0, 1)
+    assert job.hub.num_open == 0
+
+
+async def test_a_chair_that_insists_may_take_its_time_unless_it_is_lost():
+    job = Job(timeout_s=0.01)
+    for topic in "tu":
+        for rank in range(5):
+            job.word(rank, topic)
+        # Only the chair can.
+        job.hub.receive(1, Insistence(job.last_call[1]))
+        job.hub.receive(0, Insistence(job.last_call[0]))
+    later = job.word(1, "the time is over")
+    await settled(lambda: later in job.told[1])
+    assert not job.told[0]
+    job.decide(0, 1)
+    assert {job.told[rank][1].verdict for rank in range(5)} == {b"0|1|2|3|4"}
+    job.hub.leave(0, "lost")
+    assert (job.told[1][2].failure.rank, job.told[1][2].failure.phase) == (0, "lost")
+
+
+async def test_a_chair_that_insists_too_late_changes_nothing():
+    job = Job()
+    job.word(0)
+    job.hub.receive(0, Insistence(1))
+    for rank in range(1, 5):
+        job.word(rank)
+    (instance,) = job.hub._open["t", None]
+    job.hub._expire(instance)
+    job.hub.receive(0, Insistence(1))
+    assert {job.told[rank][1].failure.phase for rank in range(5)} == {"decide"}
     assert job.hub.num_open == 0
 
 

@@ -500,6 +500,33 @@ async def test_words_of_megabytes_reach_a_chair_elsewhere():
         assert await asyncio.gather(*calls) == [b"|".join(reversed(words))] * 3
 
 
+async def test_rank_0_insists_on_what_it_decides_or_hears_that_it_is_too_late():
+    async with star(2) as job:
+        views = [scoped(member, "a/") for member in job.members]
+        hub = job.server.hub
+
+        def expire() -> None:
+            (instance,) = hub._open["a/t", None]
+            if instance.timer is not None:
+                hub._expire(instance)
+
+        async def in_time(_: object) -> bytes:
+            await views[0].insist("t")
+            expire()
+            return b"verdict"
+
+        async def too_late(_: object) -> bytes:
+            expire()
+            await views[0].insist("t")
+            raise AssertionError
+
+        calls = [view.consult("t", b"", in_time) for view in views]
+        assert await outcomes(calls) == [b"verdict"] * 2
+        calls = [view.consult("t", b"", too_late) for view in views]
+        told = [(error.rank, error.phase) for error in await outcomes(calls)]
+        assert told == [(0, "decide")] * 2
+
+
 async def test_views_with_other_prefixes_do_not_mix():
     async with star(2) as job:
         a = [scoped(m, "a/") for m in job.members]
