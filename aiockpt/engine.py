@@ -154,7 +154,8 @@ class CheckpointEngine:
                 room for it, is told as well, and the ring takes the memory from the
                 system that its save will need (pinned, where a device has the state),
                 which may take seconds: its first save is then as quick as any other.
-                None of its bytes is read.
+                None of its bytes is read. Where Python collects garbage by itself, it
+                is collected here, once.
 
         Returns:
             What the first save will meet, with warnings.

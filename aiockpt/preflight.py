@@ -6,6 +6,7 @@ What would fail hours later, at the first commit, fails here, and says what to d
 __all__ = ["Preflight", "PreflightReport"]
 
 import errno
+import gc
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -125,6 +126,10 @@ class Preflight:
                 await outlast(self._blocking(self._catalog.discard, directory))
         # Last: it may take seconds, and what is refused is told at once.
         await self._prepare_ring()
+        if gc.isenabled():
+            # The first full collection after all the imports holds every thread for a
+            # quarter of a second. The first save would set it off.
+            await self._blocking(gc.collect)
         is_direct = any(
             event.is_direct for event in self._events if isinstance(event, Written)
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from time import perf_counter
 
 from bench.cases.base import Case, Cell
-from bench.cases.saving import DCP_STAGED, DCP_THREAD, OURS, TORCH
+from bench.cases.saving import DCP_STAGED, DCP_THREAD, OURS, PREPARED, TORCH
 from bench.contenders.ours import OurEngine
 from bench.sessions import Bench
 from bench.workloads import GIB, Scale, Workload
@@ -58,7 +58,9 @@ async def _beating(bench: Bench, tag: str) -> dict[str, float]:
         await asyncio.sleep(bench.settings["idle_s"])
         idle.is_beating = False
     contender_loop = None
-    await asyncio.get_running_loop().run_in_executor(None, contender.open_tag, tag)
+    loop = asyncio.get_running_loop()
+    await loop.run_in_executor(None, contender.begin_training, bench.state)
+    await loop.run_in_executor(None, contender.open_tag, tag)
     if isinstance(contender, OurEngine):
         # The heartbeat belongs on the engine's own loop, which has no door for it.
         contender_loop = contender.engine._runtime.spawn(engines.beat())  # noqa: SLF001
@@ -87,7 +89,13 @@ def _cells(scale: Scale) -> Sequence[Cell]:
         return {"idle_s": scale.seconds(idle_s)}
 
     return [
-        Cell("4 GiB", workload, (OURS,), scale.repeats(5), settings=settings(8.0)),
+        Cell(
+            "4 GiB",
+            workload,
+            (OURS, PREPARED),
+            scale.repeats(5),
+            settings=settings(8.0),
+        ),
         Cell("1 GiB", small, peers, scale.repeats(5), settings=settings(2.0)),
     ]
 

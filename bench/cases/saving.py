@@ -137,7 +137,7 @@ def _stall(scale: Scale) -> Sequence[Cell]:
         Cell(
             "10 000 tensors in nested dicts",
             Workload(scale.size(40 * MIB), scale.number(10_000), is_nested=True),
-            (OURS, DCP_THREAD, DCP_STAGED, "torch.save + fsync in a thread"),
+            (OURS, PREPARED, DCP_THREAD, DCP_STAGED, "torch.save + fsync in a thread"),
             scale.repeats(5),
             settings=step,
         ),

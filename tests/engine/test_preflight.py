@@ -112,6 +112,38 @@ async def test_the_ring_has_the_memory_that_the_state_needs(root, monkeypatch):
         assert populated == set(range(8))
 
 
+FULL_COLLECTIONS = """
+import gc, sys
+import torch, aiockpt.sync
+
+state = {str(number): torch.zeros(8) for number in range(300)}
+full_collections = []
+
+def count(phase, told):
+    if phase == "start" and told["generation"] == 2:
+        full_collections.append(told)
+
+with aiockpt.sync.CheckpointEngine(sys.argv[1], {"host_cache_size": 8 / 1024}) as engine:
+    if sys.argv[2] == "disabled":
+        gc.disable()
+    gc.callbacks.append(count)
+    engine.preflight(state)
+    print(len(full_collections))
+    engine.create("a")
+    engine.save(state, "model.pt")
+    engine.commit("a")
+    print(len(full_collections))
+"""
+
+
+@pytest.mark.parametrize(("kept", "counts"), [("enabled", "1 1"), ("disabled", "0 0")])
+def test_the_first_full_collection_of_garbage_is_over_before_the_first_save(
+    root, kept, counts
+):
+    done = run_script(FULL_COLLECTIONS, root, kept)
+    assert (done.stdout.split(), done.stderr) == (counts.split(), "")
+
+
 async def test_a_state_that_cannot_be_saved_is_told(engine):
     with pytest.raises(InvalidArgumentError, match=r'state\["f"\]'):
         await engine.preflight({"f": lambda: None})
