@@ -138,10 +138,12 @@ def _is_done(session: nox.Session, command: tuple[str, ...]) -> bool:
 def bench(session: nox.Session) -> None:
     """Measures: all cases, or those that are arguments; then writes their page.
 
-    Half an hour on a machine that does nothing else; as root, so that loads are cold.
+    An hour or two on a machine that does nothing else; as root, so that loads are cold.
     """
-    install(session, "bench", "peers")
+    install(session, "bench", "peers", "deepspeed")
     session.run("python", "-m", "bench", *session.posargs)
+    if not session.posargs:
+        session.run("python", "-m", "bench.deepspeed_saves")
     session.run("python", "-m", "bench.report")
 
 

@@ -23,10 +23,11 @@ from aiockpt.errors import (
     TornSnapshotError,
 )
 from aiockpt.events import CommitReport, Event, Failed, Published, Synced
+from aiockpt.file_save import FileSave
 from aiockpt.manifest import FileEntry
 from aiockpt.ranks.base import Ranks
 from aiockpt.replicas import ReplicaSaver
-from aiockpt.saver import FileSave, Saver
+from aiockpt.saver import Saver
 from aiockpt.threads import finish, outlast, run_blocking, watch
 
 _logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 
 from aiockpt.errors import DeadlineError, InvalidArgumentError
 from aiockpt.events import CommitReport
-from aiockpt.saver import FileSave
+from aiockpt.file_save import FileSave
 from aiockpt.threads import outlast
 
 

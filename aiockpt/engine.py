@@ -12,19 +12,19 @@ from typing import Any, Self
 import torch
 
 from aiockpt.access import CheckpointFile
-from aiockpt.agreement import TagOptions
 from aiockpt.config import EngineConfig
 from aiockpt.deadline import TimedSave
 from aiockpt.errors import CheckpointError
 from aiockpt.events import CommitReport, Observer, Progress
+from aiockpt.file_save import FileSave
 from aiockpt.formats.plain import PlainBytes
 from aiockpt.loader import LoadOptions
 from aiockpt.loop_thread import Call
 from aiockpt.manifest import TagInfo
+from aiockpt.opening import TagOptions
 from aiockpt.preflight import PreflightReport
 from aiockpt.ranks.base import Ranks
 from aiockpt.runtime import Runtime, raise_untold
-from aiockpt.saver import FileSave
 from aiockpt.sharding import MAX_SHARD_BYTES, sharded
 from aiockpt.threads import outlast
 from aiockpt.watching import TagWatch

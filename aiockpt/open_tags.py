@@ -4,11 +4,12 @@ __all__ = ["OpenTags"]
 
 from collections.abc import Sequence
 
-from aiockpt.agreement import Agreement, TagOptions, open_place
+from aiockpt.agreement import Agreement
 from aiockpt.attempt import Attempt, Means
 from aiockpt.errors import CheckpointError, EngineStateError
+from aiockpt.file_save import FileSave
 from aiockpt.manifest import check_tag
-from aiockpt.saver import FileSave
+from aiockpt.opening import TagOptions, open_place
 from aiockpt.threads import outlast
 
 

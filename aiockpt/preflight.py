@@ -20,8 +20,9 @@ from aiockpt.capture import capture
 from aiockpt.catalog import Catalog
 from aiockpt.errors import CorruptCheckpointError, StorageError
 from aiockpt.events import Event, Written
+from aiockpt.file_save import FileSave
 from aiockpt.loader import Loader, LoadOptions
-from aiockpt.saver import FileSave, Saver
+from aiockpt.saver import Saver
 from aiockpt.storage.base import Storage
 from aiockpt.storage.facts import DiskFacts, Limits, disk_facts, limits
 from aiockpt.threads import outlast, run_blocking

@@ -22,11 +22,12 @@ from aiockpt.errors import (
     CheckpointNotFoundError,
     InvalidArgumentError,
 )
+from aiockpt.file_save import FileSave
 from aiockpt.manifest import FileEntry
 from aiockpt.parts import Part, Totals, combine, digest, part_of
 from aiockpt.plan import FilePlan
 from aiockpt.ranks.base import Decide, Ranks
-from aiockpt.saver import FileSave, Saver
+from aiockpt.saver import Saver
 from aiockpt.storage.base import WriteFile
 from aiockpt.threads import run_blocking
 

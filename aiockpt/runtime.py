@@ -18,7 +18,6 @@ from time import perf_counter
 from typing import Any, ParamSpec, Self, TypeVar
 
 from aiockpt.access import FileAccess
-from aiockpt.agreement import TagOptions
 from aiockpt.attempt import Attempt, Means
 from aiockpt.capture import capture
 from aiockpt.catalog import Catalog
@@ -30,19 +29,20 @@ from aiockpt.errors import (
     EngineStateError,
 )
 from aiockpt.events import CommitReport, Observer
+from aiockpt.file_save import FileSave
 from aiockpt.leases import Reading
 from aiockpt.loader import Loader, LoadOptions
 from aiockpt.loop_thread import Call, Work
 from aiockpt.machinery import Machinery
 from aiockpt.manifest import TagInfo, check_path, check_tag
 from aiockpt.open_tags import OpenTags
+from aiockpt.opening import TagOptions
 from aiockpt.preemption import Preemption
 from aiockpt.preflight import Preflight, PreflightReport
 from aiockpt.ranks.base import Ranks
 from aiockpt.ranks.torch_dist import detect
 from aiockpt.replicas import group_of
 from aiockpt.retention import RetentionPolicy, expired
-from aiockpt.saver import FileSave
 from aiockpt.tag_loader import TagLoader
 from aiockpt.threads import outlast, run_blocking
 from aiockpt.watching import After, Watcher

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 
 from aiockpt.capture import capture
 from aiockpt.errors import CheckpointError, InvalidArgumentError
+from aiockpt.file_save import FileSave
 from aiockpt.loop_thread import Call
 from aiockpt.machinery import Machinery
-from aiockpt.saver import FileSave
 from aiockpt.threads import outlast, run_blocking
 from aiockpt.weights import or_weights
 

@@ -16,11 +16,11 @@ from typing import Any, Self
 import torch
 
 from aiockpt.access import BlockingCheckpointFile as CheckpointFile
-from aiockpt.agreement import TagOptions
 from aiockpt.config import EngineConfig
 from aiockpt.deadline import TimedSave
 from aiockpt.errors import CheckpointError
 from aiockpt.events import CommitReport, Observer, Progress
+from aiockpt.file_save import FileSave
 from aiockpt.formats.plain import PlainBytes
 from aiockpt.loader import LoadOptions
 from aiockpt.loop_thread import Call
@@ -28,10 +28,10 @@ from aiockpt.manifest import TagInfo
 from aiockpt.onefile import load_blocking as load
 from aiockpt.onefile import open_blocking as open  # noqa: A004 - as `aiockpt.open`
 from aiockpt.onefile import save_blocking as save
+from aiockpt.opening import TagOptions
 from aiockpt.preflight import PreflightReport
 from aiockpt.ranks.base import Ranks
 from aiockpt.runtime import Runtime, raise_untold
-from aiockpt.saver import FileSave
 from aiockpt.sharding import MAX_SHARD_BYTES, sharded
 from aiockpt.watching import BlockingTagWatch
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from aiockpt.agreement import TagOptions
 from aiockpt.config import EngineConfig
 from aiockpt.errors import CheckpointError, CheckpointNotFoundError, EngineStateError
 from aiockpt.formats.plain import PlainBytes
 from aiockpt.integrations.forward_state import with_copies
 from aiockpt.integrations.handing_over import handed_over
+from aiockpt.opening import TagOptions
 from aiockpt.runtime import Runtime, raise_untold
 from aiockpt.threads import outlast
 

@@ -195,13 +195,15 @@ def test_the_recorder_sees_every_call_of_local_storage(part):
 def test_nothing_else_on_the_way_of_a_save_reaches_the_file_system():
     for name in (
         "saver",
+        "file_save",
         "attempt",
         "catalog",
         "tag_reader",
         "runtime",
         "machinery",
         "onefile",
-        *("single_files", "replicas", "agreement", "adopting", "work_area", "leases"),
+        *("single_files", "replicas", "opening", "agreement", "adopting"),
+        *("work_area", "leases"),
         *("watching", "tag_loader", "deadline", "preflight"),
     ):
         module = sys.modules[f"aiockpt.{name}"]

@@ -7,9 +7,9 @@ import pytest
 
 import device_scenarios as scenarios
 from aiockpt import CheckpointError, saver
+from aiockpt.file_save import FileSave
 from aiockpt.guard import StagingGate
 from aiockpt.loading.reader import Reader
-from aiockpt.saver import FileSave
 from aiockpt.staging.device import DeviceStager
 from aiockpt.staging.devices import Devices, InFlight
 from aiockpt.staging.pinning import PinnedMemory

@@ -16,7 +16,7 @@ from aiockpt import (
     CheckpointError,
     CheckpointNotFoundError,
     TornSnapshotError,
-    agreement,
+    opening,
     runtime,
     saver,
 )
@@ -131,7 +131,7 @@ BROKEN = {
     "checksumming": (local_write, "run_blocking", at_once, "aiockpt.checksums.crc32"),
     "writing": (local_write.LocalWriteFile, "write", write_at_once, "os.pwrite"),
     "syncing": (local_write.LocalWriteFile, "sync", sync_at_once, "os.ftruncate"),
-    "opening": (agreement, "run_blocking", at_once, "os.lstat"),
+    "opening": (opening, "run_blocking", at_once, "os.lstat"),
     "looking up": (runtime, "run_blocking", at_once, "os."),
     "capturing": (runtime, "capture", looks_at_the_disk, "os.stat"),
 }

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiockpt.agreement import TagOptions
 from aiockpt.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -17,6 +16,7 @@ from aiockpt.errors import (
     StorageError,
 )
 from aiockpt.manifest import TagInfo
+from aiockpt.opening import TagOptions
 from aiockpt.retention import KeepLast
 from aiockpt.testing.faults import Fault, Injection, inject
 from aiockpt.testing.roots import assert_root_consistent

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from aiockpt.agreement import Agreement, TagOptions, open_place
+from aiockpt.agreement import Agreement
 from aiockpt.attempt import Attempt, Means
 from aiockpt.catalog import Catalog
 from aiockpt.errors import (
@@ -28,11 +28,12 @@ from aiockpt.errors import (
     StorageError,
 )
 from aiockpt.events import Event, Failed, Published
+from aiockpt.file_save import FileSave
 from aiockpt.manifest import FileEntry
+from aiockpt.opening import TagOptions, open_place
 from aiockpt.ranks.failures import lost
 from aiockpt.ranks.hub import Hub
 from aiockpt.ranks.single import SingleRank
-from aiockpt.saver import FileSave
 from aiockpt.storage.local import LocalStorage
 from aiockpt.tag_loader import TagLoader
 from aiockpt.testing.roots import assert_root_consistent

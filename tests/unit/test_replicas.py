@@ -27,11 +27,12 @@ from aiockpt.errors import (
     TornSnapshotError,
 )
 from aiockpt.events import Event, Written
+from aiockpt.file_save import FileSave
 from aiockpt.guard import StagingGate
 from aiockpt.image import Chunk
 from aiockpt.replicas import ReplicaSaver, group_of
 from aiockpt.ring import Lease, Ring
-from aiockpt.saver import FileSave, Saver
+from aiockpt.saver import Saver
 from aiockpt.staging.base import Source
 from aiockpt.staging.host import HostStager
 from aiockpt.storage import local_write

@@ -12,10 +12,11 @@ import torch
 from aiockpt.capture import capture
 from aiockpt.checksums import AbandonedError
 from aiockpt.errors import CheckpointError
+from aiockpt.file_save import FileSave
 from aiockpt.guard import StagingGate
 from aiockpt.image import Chunk
 from aiockpt.ring import Lease, Ring
-from aiockpt.saver import FileSave, Saver, _first
+from aiockpt.saver import Saver, _first
 from aiockpt.staging.base import Source
 from aiockpt.staging.host import HostStager
 from aiockpt.threads import WorkerPool, run_blocking

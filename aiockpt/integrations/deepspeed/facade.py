@@ -13,7 +13,6 @@ import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from aiockpt.agreement import TagOptions
 from aiockpt.config import EngineConfig
 from aiockpt.errors import CheckpointError, EngineStateError
 from aiockpt.integrations.deepspeed.loading import load_file
@@ -21,6 +20,7 @@ from aiockpt.integrations.deepspeed.open_tags import OpenTag, Verdict, refuse, t
 from aiockpt.integrations.deepspeed.roots import Roots
 from aiockpt.loader import LoadOptions
 from aiockpt.manifest import check_tag
+from aiockpt.opening import TagOptions
 from aiockpt.runtime import Runtime
 
 _logger = logging.getLogger(__name__)

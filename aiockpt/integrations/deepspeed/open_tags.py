@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from aiockpt.agreement import TagOptions
 from aiockpt.errors import CheckpointError
+from aiockpt.opening import TagOptions
 from aiockpt.ranks.base import Ranks
 from aiockpt.runtime import Runtime
 from aiockpt.single_files import SingleFile
