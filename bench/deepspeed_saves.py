@@ -8,7 +8,8 @@ Each contender trains the same model in a job of its own. Told of each: the time
 before it. Durability is equal: what an engine does not sync is synced here, in the
 measured time, where it says that it is done; and it is told how many of the saves were
 durable when the measured steps ended (give more steps where not all were). After each
-save the files are loaded and compared, untimed. Appends JSON lines to FILE.
+save the files are loaded and compared, untimed. Appends JSON lines to FILE, by default
+a new one in `bench/results/`.
 
 DeepSpeed's Fast and Decoupled engines need libaio and, on CPU, some help (below). One
 that does not run is listed with the reason.
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 
-from bench.measuring import MIB, figure, machine
+from bench.measuring import MIB, figure, machine, results_file
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -78,21 +79,21 @@ def main() -> None:
     if arguments.contender is not None:
         train(arguments)
         return
-    about = {"machine": machine("deepspeed"), "case": vars(arguments)}
-    tell(arguments.out, about)
+    about = machine("deepspeed")
+    out = arguments.out or results_file("deepspeed", about)
+    tell(out, {"machine": about, "case": vars(arguments)})
     for name in arguments.only:
         with tempfile.TemporaryDirectory(dir=arguments.dir) as directory:
             for line in run(name, arguments, directory):
-                tell(arguments.out, {"contender": name, **line})
+                tell(out, {"contender": name, **line})
 
 
-def tell(path: Path | None, line: dict[str, object]) -> None:
-    """Prints a line, and keeps it where that is asked for."""
+def tell(path: Path, line: dict[str, object]) -> None:
+    """Prints a line, and keeps it."""
     text = json.dumps(line, default=str)
     print(text, flush=True)
-    if path is not None:
-        with path.open("a", encoding="utf-8") as out:
-            out.write(f"{text}\n")
+    with path.open("a", encoding="utf-8") as out:
+        out.write(f"{text}\n")
 
 
 def run(
