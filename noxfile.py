@@ -121,7 +121,7 @@ def faults(session: nox.Session) -> None:
     ]
     # All of them, whatever the one before has found: it takes hours.
     failed = [part for part in parts if not _is_done(session, part)]
-    session.run("python", report, "write", results, "docs/faults.md")
+    session.run("python", report, "write", "docs/faults.md")
     if failed:
         session.error(f"these failed: {failed}")
 

@@ -1,11 +1,12 @@
 """The results of the fault matrix, from their first line to the page of the docs.
 
-    python tests/faults/report.py begin                        prints the new file
-    python tests/faults/report.py write RESULTS docs/faults.md
+    python tests/faults/report.py begin                  prints the new file
+    python tests/faults/report.py write docs/faults.md
 
-`begin` makes a file of results, named by machine, day and commit, whose first line is
+`begin` makes a file of results, named by machine, time and commit, whose first line is
 the machine; the matrix (`--faults-report`) and `peers.py` add to it. `write` makes the
-page of it, and fails where a row is missing or something was not survived.
+page of all files that are kept, which may be parts of one run: a row is taken from the
+last of them that has it. It fails where a row is missing or something was not survived.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -80,19 +82,63 @@ def _commit() -> str:
 
 
 def begin() -> Path:
-    """A file of results that has only its first line; one of this name goes."""
+    """A file of results that has only its first line."""
     about = machine()
     RESULTS.mkdir(exist_ok=True)
-    day, commit = about["date"].replace("-", ""), about["commit"]
-    path = RESULTS / f"faults_{about['cores']}cores_{day}_{commit}.jsonl"
+    now = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M")
+    path = RESULTS / f"faults_{about['cores']}cores_{now}_{about['commit']}.jsonl"
     path.write_text(json.dumps({"machine": about}) + "\n", encoding="utf-8")
     return path
 
 
+@dataclass(frozen=True)
+class Source:
+    """One file of results.
+
+    Attributes:
+        name: Its path, below the repository.
+        about: Where and of what it is.
+        records: The other lines.
+    """
+
+    name: str
+    about: Record
+    records: Sequence[Record]
+
+    @classmethod
+    def read(cls, path: Path) -> "Source":
+        """The file at a path."""
+        lines = path.read_text(encoding="utf-8").splitlines()
+        first, *records = [json.loads(line) for line in lines]
+        name = str(path.resolve().relative_to(REPOSITORY))
+        return cls(name, first["machine"], records)
+
+    def topics(self) -> set[str]:
+        """What it has results on."""
+        return {topic for record in self.records if (topic := _topic(record))}
+
+
+def _topic(record: Record) -> str:
+    """A row, or a comparison; all results on it come from one file."""
+    if "row" in record:
+        return f"row {record['row']}"
+    return next((kind for kind in ("disk", "damage") if kind in record), "")
+
+
+def newest(sources: Sequence[Source]) -> list[Source]:
+    """Those that have results on what no later one has, and these results."""
+    left: list[Source] = []
+    later: set[str] = set()
+    for source in reversed(sources):
+        kept = [each for each in source.records if _topic(each) not in later]
+        if any(map(_topic, kept)):
+            left.insert(0, replace(source, records=kept))
+        later |= source.topics()
+    return left
+
+
 def problems(records: Sequence[Record]) -> Iterator[str]:
     """What is missing in the results, and what was not survived."""
-    if not records or "machine" not in records[0]:
-        yield "the results do not begin with a machine"
     rows = {record["row"] for record in records if "row" in record}
     yield from (f"row {row} was not run" for row in sorted(TOOLS.keys() - rows))
     for record in records:
@@ -114,11 +160,11 @@ def problems(records: Sequence[Record]) -> Iterator[str]:
 
 HEAD = """# Faults
 
-What aiockpt was put through, and how much of it it survived. This page is made of one
-file of results, `{source}`; nothing in it is written by hand.
+What aiockpt was put through, and how much of it it survived. This page is made of files
+of results; nothing in it is written by hand:
 
-Commit {commit}, {date}; {cores} cores, Linux {kernel}, Python {python}, torch {torch},
-safetensors {safetensors}. To repeat it, as root:
+{sources}
+To repeat it, as root:
 
 ```sh
 python3 -m pip install nox && python3 -m nox -s faults
@@ -175,15 +221,29 @@ def merged(rows: Iterable[Record]) -> list[Record]:
     return [found[key] for key in sorted(found)]
 
 
-def page(records: Sequence[Record], source: str) -> str:
-    """The page of these records."""
+_SOURCE = (
+    "- `{name}`: commit {commit}, {date}; {cores} cores, Linux {kernel}, "
+    "Python {python}, torch {torch}, safetensors {safetensors}; {what}.\n"
+)
+
+
+def _listed(source: Source) -> str:
+    rows = sorted({each["row"] for each in source.records if "row" in each})
+    what = [f"rows {', '.join(map(str, rows))}"] if rows else []
+    if {"disk", "damage"} & source.topics():
+        what.append("peers")
+    return _SOURCE.format(name=source.name, what=" and ".join(what), **source.about)
+
+
+def page(sources: Sequence[Source]) -> str:
+    """The page of these results."""
+    records = [record for source in sources for record in source.records]
     rows = [record for record in records if "row" in record]
-    about = {**records[0]["machine"], "source": source}
     faults = merged(rows)
     disks = [record for record in records if "disk" in record]
     damages = [record for record in records if "damage" in record]
     return (
-        HEAD.format(**about)
+        HEAD.format(sources="".join(map(_listed, sources)))
         + _table(
             ("row", "name", "fault", "tool", "run", "cases", "survived"),
             ({**record, "tool": TOOLS[record["row"]]} for record in faults),
@@ -214,12 +274,16 @@ def _table(columns: Sequence[str], records: Iterable[Record]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def write(source: Path, target: Path) -> None:
+def kept() -> list[Source]:
+    """What the page is made of."""
+    return newest([Source.read(path) for path in sorted(RESULTS.glob("*.jsonl"))])
+
+
+def write(target: Path) -> None:
     """Writes the page; then fails if anything is amiss."""
-    lines = source.read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    shown = source.resolve().relative_to(REPOSITORY)
-    target.write_text(page(records, str(shown)), encoding="utf-8")
+    sources = kept()
+    target.write_text(page(sources), encoding="utf-8")
+    records = [record for source in sources for record in source.records]
     if found := list(problems(records)):
         sys.exit("\n".join(found))
 
@@ -232,9 +296,8 @@ def main() -> None:
         run=lambda _: sys.stdout.write(f"{begin()}\n")
     )
     writing = commands.add_parser("write")
-    writing.add_argument("source", type=Path)
     writing.add_argument("target", type=Path)
-    writing.set_defaults(run=lambda given: write(given.source, given.target))
+    writing.set_defaults(run=lambda given: write(given.target))
     given = parser.parse_args()
     given.run(given)
 

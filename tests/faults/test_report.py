@@ -5,11 +5,10 @@ import json
 import pytest
 
 from faults.matrix import ROWS
-from faults.report import LOST, SEEN, TOOLS, page, problems, write
+from faults.report import LOST, REPOSITORY, SEEN, TOOLS, kept, page, problems, write
 
 ABOUT = ("commit", "date", "cores", "kernel", "python", "torch", "safetensors")
 WHOLE = [
-    {"machine": dict.fromkeys(ABOUT, "known")},
     *(
         {
             "row": row,
@@ -43,12 +42,12 @@ def test_a_record_that_is_missing_is_told(index):
 
 
 def test_a_case_that_was_not_survived_is_told():
-    (found,) = problems([*WHOLE, {**WHOLE[1], "survived": 6}])
+    (found,) = problems([*WHOLE, {**WHOLE[0], "survived": 6}])
 
     assert "not survived" in found
 
 
-@pytest.mark.parametrize("record", [{"failed": "a test"}, {**WHOLE[1], "cases": 0}])
+@pytest.mark.parametrize("record", [{"failed": "a test"}, {**WHOLE[0], "cases": 0}])
 def test_a_test_that_failed_or_tried_nothing_is_told(record):
     assert list(problems([*WHOLE, record]))
 
@@ -60,21 +59,58 @@ def test_a_loss_of_aiockpt_is_told(key):
     assert "lost by aiockpt" in found
 
 
-def test_the_page_is_written_even_where_something_was_not_survived(
-    tmp_path, monkeypatch
-):
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """The page of some records for each of several files, and how writing it ended."""
     monkeypatch.setattr("faults.report.REPOSITORY", tmp_path)
-    source, target = tmp_path / "results.jsonl", tmp_path / "faults.md"
-    records = [*WHOLE, {**WHOLE[1], "fault": "another", "survived": 6}]
-    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    monkeypatch.setattr("faults.report.RESULTS", tmp_path)
 
-    with pytest.raises(SystemExit, match="another"):
-        write(source, target)
+    def written(*parts):
+        paths = [tmp_path / f"results-{number}.jsonl" for number in range(len(parts))]
+        for path, records in zip(paths, parts, strict=True):
+            first = {"machine": dict.fromkeys(ABOUT, f"known of {path.name}")}
+            lines = (json.dumps(record) + "\n" for record in [first, *records])
+            path.write_text("".join(lines))
+        target = tmp_path / "faults.md"
+        try:
+            write(target)
+        except SystemExit as error:
+            return target.read_text(), str(error)
+        return target.read_text(), ""
 
-    text = target.read_text()
-    assert text == page(records, "results.jsonl")
+    return written
+
+
+def test_the_page_is_written_even_where_something_was_not_survived(written):
+    records = [*WHOLE, {**WHOLE[0], "fault": "another", "survived": 6}]
+    text, error = written(records)
+    assert "another" in error
+    assert "| another |" in text
     assert f"{7 * len(TOOLS) + 6} of {7 * len(TOOLS) + 7} cases" in text
+
+
+def test_a_row_is_that_of_the_last_part_that_has_it(written):
+    first, *others = WHOLE
+    again = [{**first, "cases": 70, "survived": 70}]
+    text, error = written([{**first, "survived": 3}, *others], again)
+    assert error == ""
+    assert "| 70 | 70 |" in text
+    assert "| 7 | 3 |" not in text
+    rows = ", ".join(map(str, sorted(TOOLS.keys() - {first["row"]})))
+    assert "`results-0.jsonl`: commit known of results-0.jsonl" in text
+    assert f"; rows {rows} and peers.\n" in text
+    assert f"; rows {first['row']}.\n" in text
+
+
+def test_a_test_that_failed_in_a_part_is_told(written):
+    text, error = written([*WHOLE, {"failed": "a test"}], WHOLE[:1])
+    assert "a test" in text
+    assert "a test" in error
 
 
 def test_every_row_of_the_matrix_has_its_tool():
     assert ROWS.keys() <= TOOLS.keys()
+
+
+def test_the_page_of_the_docs_is_that_of_the_results_that_are_kept():
+    assert (REPOSITORY / "docs" / "faults.md").read_text() == page(kept())
