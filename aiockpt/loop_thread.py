@@ -5,7 +5,6 @@ __all__ = ["Call", "LoopThread", "Work"]
 import asyncio
 import collections
 import concurrent.futures
-import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
@@ -76,13 +75,15 @@ class Call(Generic[T]):
             del self  # as in `settle`
 
     def _block(self) -> None:
-        # Not `concurrent.futures.wait`: a signal could make it leave its locks locked.
-        # Not for ever: Python's handler runs when the wait ends, and a signal that comes
-        # in the instant before the thread falls asleep does not end it.
-        with contextlib.suppress(concurrent.futures.CancelledError):
-            while not self._outcome.done():
-                with contextlib.suppress(TimeoutError):
-                    self._outcome.exception(_SIGNAL_CHECK_S)
+        # On a lock of its own: a signal that comes while a future or a condition waits can
+        # leave their locks as they should not be. Not for ever: Python's handler runs when
+        # the wait ends, and a signal that comes in the instant before the thread falls
+        # asleep does not end it.
+        ended = threading.Lock()
+        ended.acquire()
+        self._outcome.add_done_callback(lambda _: ended.release())
+        while not ended.acquire(timeout=_SIGNAL_CHECK_S):
+            pass
 
     def _tell_outcome(self, interrupted: BaseException) -> None:
         if self._outcome.cancelled():
@@ -113,7 +114,8 @@ class Call(Generic[T]):
 
     def _cancel(self) -> bool:
         assert self._thread is not None
-        self._thread.run_soon(self._cancel_task)
+        if not self._thread.run_soon(self._cancel_task):
+            self._cancel_task()
         return False
 
     def _cancel_task(self) -> None:
@@ -226,18 +228,21 @@ class LoopThread:
             RuntimeError: The thread is ending.
         """
         call = work if isinstance(work, Call) else Call(work)
-        call.give_to(self)
         with self._lock:
             if not self._is_stopping:
+                call.give_to(self)
                 self._loop.call_soon_threadsafe(self._start, call)
                 return call
         call.close()
         raise RuntimeError("the loop's thread is ending")
 
-    def run_soon(self, callback: Callable[[], object]) -> None:
-        """Runs `callback` on the loop soon, where it still runs; returns at once."""
-        with contextlib.suppress(RuntimeError):
+    def run_soon(self, callback: Callable[[], object]) -> bool:
+        """Runs `callback` on the loop soon; returns at once, and whether it still runs."""
+        try:
             self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:
+            return False
+        return True
 
     def stop(self) -> None:
         """Lets the thread end when its tasks have; returns at once. Idempotent."""

@@ -434,6 +434,8 @@ class Runtime:
             untold += await self.open_tags.close()
             for call in list(self._calls):
                 await call.ended()
+                # It does so itself, unless Ctrl-C came before it had been told to.
+                self._calls.discard(call)
         for close in (
             self._ranks.close,
             partial(self._blocking, self._catalog.close_work),

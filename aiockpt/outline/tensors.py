@@ -246,6 +246,8 @@ def _numbers(value: object, length: int | None = None) -> tuple[int, ...]:
     numbers = cast("tuple[int, ...]", value)
     if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
         raise TypeError("not the sizes of a tensor")
+    if length is None and math.prod(numbers) >= 1 << 63:
+        raise ValueError("more elements than a tensor can have")
     return numbers
 
 

@@ -88,9 +88,9 @@ class Ranks(Protocol):
     async def insist(self, topic: str) -> None:
         """Called by rank 0 inside `decide`, before what it cannot take back.
 
-        From here on no deadline makes the topic fail: either all are told that it took
-        too long and this raises, or all are told what `decide` comes to, if rank 0
-        lives.
+        From here on rank 0 does not give the topic up: either all are told that it took
+        too long and this raises, or all are told what `decide` comes to. Only a rank
+        that hears nothing of rank 0 for twice the deadline takes it for lost.
 
         Args:
             topic: One of all ranks, on which rank 0 is deciding.

@@ -55,14 +55,14 @@ class Call:
 
     def end(self, outcome: bytes | Failed) -> None:
         """Tells whoever waits."""
-        self._stop()
+        self.stop_timer()
         if not self.words.done():
             self.words.set_result(None)
         self.outcome.set_result(outcome)
 
     def forget(self) -> None:
         """It is as if the call had not been made."""
-        self._stop()
+        self.stop_timer()
         self.words.cancel()
         self.outcome.cancel()
 
@@ -81,6 +81,7 @@ class Call:
             error.__cause__ = self.decided or self.cause
         return error
 
-    def _stop(self) -> None:
+    def stop_timer(self) -> None:
+        """However long it takes, it is not given up."""
         if self.timer is not None:
             self.timer.cancel()

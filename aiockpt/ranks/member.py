@@ -151,6 +151,8 @@ class Member(Ranks):
         if call.outcome.done() and (error := call.result()) is not None:
             raise error
         assert self._link is not None
+        # This rank is the one that knows: it does not give itself up.
+        call.stop_timer()
         self._link.send(Insistence(call.number))
 
     @override

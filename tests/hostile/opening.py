@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import torch
 
+import aiockpt.sync
 from aiockpt.cli.places import opened, verifier
 from aiockpt.errors import CheckpointError
 from aiockpt.loader import inspect_file
@@ -171,12 +172,21 @@ def verify(path: str) -> object:
         return check(file)
 
 
+def rows(path: str) -> None:
+    """The rows of the first tensors, all and some of them."""
+    with aiockpt.sync.open(path) as file:
+        for tensor in file.tensors[:20]:
+            for start, stop in ((0, None), (1, 2)) if tensor.shape else ():
+                file.rows(tensor.key, start, stop)
+
+
 DOORS: Doors = {
     "verify": verify,
     "inspect": inspect,
     "load": load,
     "mapped": lambda path: load(path, mmap=True),
     "chosen": lambda path: load(path, keys=["*"]),
+    "rows": rows,
 }
 TRUSTED: Doors = {"trusted": lambda path: load(path, weights_only=False)}
 

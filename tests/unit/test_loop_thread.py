@@ -349,18 +349,18 @@ def test_ctrl_c_cancels_what_is_waited_for_and_waits_until_it_is_undone(
     undone = Undone()
     call = loop_thread.spawn(undone.run(end))
     undone.began.wait_reached()
-    outcome = call._outcome.exception
+    block = call._block
 
-    def waits_again(timeout: float | None = None) -> object:
+    def waits_again() -> None:
         loop_thread.run_soon(undone.may_end.set)
-        return outcome(timeout)
+        block()
 
-    def waits(timeout: float | None = None) -> object:
-        monkeypatch.setattr(call._outcome, "exception", waits_again)
+    def waits() -> None:
+        monkeypatch.setattr(call, "_block", waits_again)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError
 
-    monkeypatch.setattr(call._outcome, "exception", waits)
+    monkeypatch.setattr(call, "_block", waits)
     try:
         with pytest.raises(KeyboardInterrupt) as interrupted:
             call.result()
@@ -377,16 +377,16 @@ def test_ctrl_c_between_the_start_of_a_call_and_the_wait_for_it_cancels_it(
 ):
     undone = Undone()
     call = Call(undone.run(end))
-    outcome = call._outcome.exception
+    block = call._block
 
-    def waits(timeout: float | None = None) -> object:
+    def waits() -> None:
         loop_thread.run_soon(undone.may_end.set)
-        return outcome(timeout)
+        block()
 
     def spawn(call: Call[object]) -> None:
         loop_thread.spawn(call)
         undone.began.wait_reached()
-        monkeypatch.setattr(call._outcome, "exception", waits)
+        monkeypatch.setattr(call, "_block", waits)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError
 
@@ -397,6 +397,32 @@ def test_ctrl_c_between_the_start_of_a_call_and_the_wait_for_it_cancels_it(
     finally:
         loop_thread.run_soon(undone.may_end.set)
     check_told(interrupted.value, end)
+
+
+def test_ctrl_c_that_wakes_another_thread_is_heard_by_the_one_that_waits(loop_thread):
+    def interrupt_this_thread() -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    def spawn(call: Call[object]) -> None:
+        loop_thread.spawn(call)
+        in_thread(interrupt_this_thread)
+
+    with pytest.raises(KeyboardInterrupt):
+        Call(asyncio.Event().wait()).run(spawn)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_call_that_was_not_started_before_its_thread_ended_is_closed(loop_thread):
+    def spawn(call: Call[object]) -> None:
+        call.give_to(loop_thread)
+        loop_thread.stop()
+        loop_thread.join()
+        signal.raise_signal(signal.SIGINT)
+
+    work = give(1)
+    with pytest.raises(KeyboardInterrupt):
+        Call(work).run(spawn)
+    assert inspect.getcoroutinestate(work) == inspect.CORO_CLOSED
 
 
 @pytest.mark.filterwarnings("error")

@@ -295,9 +295,11 @@ async def test_a_chair_that_insists_may_take_its_time_unless_it_is_lost():
     for topic in "tu":
         for rank in range(5):
             job.word(rank, topic)
-        # Only the chair can.
+        (instance,) = job.hub._open[topic, None]
         job.hub.receive(1, Insistence(job.last_call[1]))
+        assert instance.timer is not None, "only the chair can"
         job.hub.receive(0, Insistence(job.last_call[0]))
+        assert instance.timer is None
     later = job.word(1, "the time is over")
     await settled(lambda: later in job.told[1])
     assert not job.told[0]
