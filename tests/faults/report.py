@@ -5,8 +5,9 @@
 
 `begin` makes a file of results, named by machine, time and commit, whose first line is
 the machine; the matrix (`--faults-report`) and `peers.py` add to it. `write` makes the
-page of all files that are kept, which may be parts of one run: a row is taken from the
-last of them that has it. It fails where a row is missing or something was not survived.
+page of all files that are kept, which may be parts of one run: a fault's counts are
+taken from the last of them that has it. It fails where a row is missing or something
+was not survived.
 """
 
 import argparse
@@ -59,6 +60,7 @@ SEEN = ("detected", "harmless", "undetected")
 NAMES = {"new": "a new name each time", "again": "four names, in turns"}
 
 Record = dict[str, Any]
+Topic = tuple[object, ...]
 
 
 def machine() -> Record:
@@ -113,25 +115,26 @@ class Source:
         name = str(path.resolve().relative_to(REPOSITORY))
         return cls(name, first["machine"], records)
 
-    def topics(self) -> set[str]:
+    def topics(self) -> set[Topic]:
         """What it has results on."""
         return {topic for record in self.records if (topic := _topic(record))}
 
 
-def _topic(record: Record) -> str:
-    """A row, or a comparison; all results on it come from one file."""
+def _topic(record: Record) -> Topic:
+    """A fault, or a comparison: all results on it come from one file."""
     if "row" in record:
-        return f"row {record['row']}"
-    return next((kind for kind in ("disk", "damage") if kind in record), "")
+        return record["row"], record["fault"]
+    return tuple(kind for kind in ("disk", "damage") if kind in record)
 
 
 def newest(sources: Sequence[Source]) -> list[Source]:
     """Those that have results on what no later one has, and these results."""
     left: list[Source] = []
-    later: set[str] = set()
+    later: set[Topic] = set()
     for source in reversed(sources):
         kept = [each for each in source.records if _topic(each) not in later]
-        if any(map(_topic, kept)):
+        # Of what was replaced, failures do not matter any more; of the last, they do.
+        if any(map(_topic, kept)) or not left:
             left.insert(0, replace(source, records=kept))
         later |= source.topics()
     return left
@@ -230,7 +233,7 @@ _SOURCE = (
 def _listed(source: Source) -> str:
     rows = sorted({each["row"] for each in source.records if "row" in each})
     what = [f"rows {', '.join(map(str, rows))}"] if rows else []
-    if {"disk", "damage"} & source.topics():
+    if {("disk",), ("damage",)} & source.topics():
         what.append("peers")
     return _SOURCE.format(name=source.name, what=" and ".join(what), **source.about)
 
@@ -276,7 +279,13 @@ def _table(columns: Sequence[str], records: Iterable[Record]) -> str:
 
 def kept() -> list[Source]:
     """What the page is made of."""
-    return newest([Source.read(path) for path in sorted(RESULTS.glob("*.jsonl"))])
+    paths = sorted(RESULTS.glob("faults_*.jsonl"), key=_when)
+    return newest([Source.read(path) for path in paths])
+
+
+def _when(path: Path) -> str:
+    """The time in a name: `faults_2cores_20261128T1930_COMMIT.jsonl`."""
+    return path.name.split("_")[2]
 
 
 def write(target: Path) -> None:

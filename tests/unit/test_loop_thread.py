@@ -6,7 +6,9 @@ import inspect
 import queue
 import random
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent import futures
 from typing import Any
@@ -400,7 +402,15 @@ def test_ctrl_c_between_the_start_of_a_call_and_the_wait_for_it_cancels_it(
 
 
 def test_ctrl_c_that_wakes_another_thread_is_heard_by_the_one_that_waits(loop_thread):
+    waiting = threading.get_ident()
+
+    def is_blocked() -> bool:
+        stack = traceback.walk_stack(sys._current_frames()[waiting])
+        return "_block" in [frame.f_code.co_name for frame, _ in stack]
+
     def interrupt_this_thread() -> None:
+        while not is_blocked():
+            pass
         signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
     def spawn(call: Call[object]) -> None:
