@@ -50,7 +50,10 @@ class Call(Generic[T]):
 
         If interrupted (Ctrl-C): as `wait` if cancelled.
         """
-        return self.run(lambda _: None)
+        try:
+            return self.run(lambda _: None)
+        finally:
+            del self  # as in `settle`
 
     def run(self, spawn: Callable[["Call[T]"], object]) -> T:
         """The result, once `spawn` has started the call and it has ended.

@@ -161,10 +161,10 @@ class Runtime:
         """
         try:
             self.check_usable()
+            return self._spawn(work)
         except EngineStateError:
             work.close()
             raise
-        return self._spawn(work)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` comes to on the engine's loop; blocks the calling thread.

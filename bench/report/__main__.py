@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bench.report import page
 from bench.report.results import read
+from bench.workloads import Scale
 
 _ROOT = Path(__file__).parents[2]
 
@@ -22,6 +23,8 @@ def main() -> None:
     results = read(arguments.results, _ROOT / "bench" / "results")
     plots = arguments.docs / "assets" / "performance"
     page.write(results, arguments.docs / "performance.md", plots)
+    if results.missing and results.scale == Scale.FULL:
+        sys.exit(f"not measured: {', '.join(results.missing)}")
     print(f"{results.path.name} → {arguments.docs / 'performance.md'}", file=sys.stderr)
 
 

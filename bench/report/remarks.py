@@ -1,84 +1,182 @@
-"""What the time of a target's row is spent on; by the target's metric.
+"""What the time of a target's row is spent on, what was tried, and what remains.
 
-Written by hand from profiles (`py-spy`, `perf`, `strace -c`), kept beside the figures.
+Written by hand, by the target's metric. Figures that stand in no result file come from
+profiles of single runs (`py-spy`, `perf`, `strace -c`, `gc.callbacks`) whose scripts are
+not kept; the design notes say of which commit.
 """
 
-__all__ = ["REMARKS"]
+__all__ = ["REMARKS", "Remark"]
 
-_GAP = (
-    "the longest is that of a process's first save: the garbage collector's first full run "
-    "after all the imports falls into it, in whichever thread allocates next, and holds "
-    "the interpreter's lock (258 ms of a gap of 268, told by `gc.callbacks`, in a script "
-    "that is not in the repository). The gaps of later saves, about 20 ms, were not taken "
-    "apart: more threads are at work than there are cores."
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """What is known of a row.
+
+    Attributes:
+        spent: Where the time or memory goes.
+        tried: What was changed, or tried and left.
+        remains: What could still be done; or that nothing is known.
+    """
+
+    spent: str
+    tried: str
+    remains: str
+
+
+_GAP = Remark(
+    spent=(
+        "in a process's first save: the garbage collector's first full run after all the "
+        "imports, in whichever thread allocates next, with the interpreter's lock held. In "
+        "later saves: waiting for that lock (it changes hands every 5 ms) and for a core; "
+        "more threads are at work than there are cores."
+    ),
+    tried=(
+        "workers run at a lower priority (at equal priority the 99th percentile was twice "
+        "as long); copies of less than a quarter of a MiB keep the lock, which costs less "
+        "than asking for it back; planning leaves few objects for the collector; "
+        "`preflight` collects garbage once, before step 1."
+    ),
+    remains=(
+        "the gaps of 15 to 30 ms of later saves were not taken apart. Without a preflight "
+        "the collector's first run is left: not ours to forbid."
+    ),
+)
+_STEPS = Remark(
+    spent=(
+        "the processor time of a save: copies, checksums, the kernel's part of each "
+        "write. All that a save costs a trainer stands in the column *lost*."
+    ),
+    tried="direct writes, which cost the kernel a tenth of buffered ones; lower priority.",
+    remains="on one core a save is short and dense, a thread with `torch.save` long and thin.",
 )
 
-REMARKS: dict[str, str] = {
-    "durable throughput": (
-        "the disk, where it is slow: everybody waits for it, and no ratio can be larger "
-        "than what the others take beyond it. Where it is fast, three things that "
-        "overlap for all chunks but the first and the last: copying 8 MiB (1.6 ms of a "
-        "core), its CRC-32 (0.8 ms) and the disk (3.3 ms at 2.4 GiB/s). On two cores "
-        "copy and CRC take most of one, beside the kernel's part of each write. What "
-        "is left over is the beginning (plan, first copy) and the end (fsync of the "
-        "file, then six small ones of the commit, one after the other), in the table "
-        "below."
+REMARKS: dict[str, Remark] = {
+    "durable throughput": Remark(
+        spent=(
+            "the disk, where it is slow: everybody waits for it, and no ratio can be "
+            "larger than what the others take beyond it. Where it is fast, three things "
+            "that overlap for all chunks but the first and the last: copying 8 MiB (1.6 "
+            "ms of a core), its CRC-32 (0.8 ms) and the disk (3.3 ms at 2.4 GiB/s)."
+        ),
+        tried=(
+            "direct writes of 8 MiB from several threads; room reserved beforehand; "
+            "opening the file beside the first copies; one fsync a file, by its worker."
+        ),
+        remains=(
+            "the beginning (plan, first copy) and the end (fsync of the file, then six "
+            "small ones of the commit, one after the other), in the table below."
+        ),
     ),
-    "durable throughput, small tensors": (
-        "Python, tensor by tensor, in threads that share one interpreter. Planning comes "
-        "before the first byte: a fifth to a third of the time, although the pickle of "
-        "the save before is used again. Then each tensor costs two calls of CRC-32, two "
-        "combinations and a seal."
+    "durable throughput, small tensors": Remark(
+        spent=(
+            "Python, tensor by tensor, in threads that share one interpreter. Planning "
+            "comes before the first byte: a fifth to a third of the time. Then each tensor "
+            "costs two calls of CRC-32, two combinations and a seal."
+        ),
+        tried=(
+            "pickling without a call of `persistent_id` for each object (later plans 580 → "
+            "217 ms for 10 000 tensors on a busy machine); using a recent save's pickle "
+            "again (244 → 125 ms)."
+        ),
+        remains=(
+            "writing while the plan is still being made; summing many small tensors in "
+            "one call of native code."
+        ),
     ),
-    "stall in `save`": (
-        "walking the containers and marking each tensor, about a microsecond each. The "
-        "worst is one save of all; a full run of the garbage collector takes as long (see "
-        "the loop gap), but nobody saw that it was one."
+    "stall in `save`": Remark(
+        spent="walking the containers, and marking each tensor with its version and place.",
+        tried="containers are copied by their kind, tensors are only referred to.",
+        remains=(
+            "the worst is a process's first, which a full run of the garbage collector "
+            "can fall into; after a preflight it does not."
+        ),
     ),
-    "planning in the worker": (
-        "a first plan: a full run of the garbage collector (see the loop gap), pickling "
-        "and, as much again, laying out the file and cutting it into chunks. A later one: asking each tensor what the pickle would say of it, "
-        "and making and freeing Python's wrappers of the storages."
+    "planning in the worker": Remark(
+        spent=(
+            "a first plan: the collector's full run, pickling and, as much again, laying "
+            "out the file and cutting it into chunks. A later one: asking each tensor what "
+            "the pickle would say of it, and Python's wrappers of the storages."
+        ),
+        tried="as for small tensors. The first plan takes a fifth longer since then.",
+        remains="five objects a record of a first plan are still counted by the collector.",
     ),
-    "durable throughput under a GIL-bound trainer": (
-        "two cores, and the interpreter's lock: a trainer that never waits gives it away "
-        "only when asked to, and the threads that copy, sum and write want it for a "
-        "moment between two calls. A thread with `torch.save` takes more. It was not "
-        "taken apart further."
+    "durable throughput under a GIL-bound trainer": Remark(
+        spent=(
+            "two cores, and the interpreter's lock: a trainer that never waits gives it "
+            "away only when asked to, and the threads that copy, sum and write want it "
+            "for a moment between two calls."
+        ),
+        tried="large chunks, so that there are few such moments; lower priority.",
+        remains="a process of its own for the writing, which would cost a second ring.",
+    ),
+    "peak host memory": Remark(
+        spent="the ring, and a few MiB of plan.",
+        tried="chunks are leased, never copied again; a plan is dropped when all is staged.",
+        remains="nothing.",
     ),
     "loop gap, caller's loop": _GAP,
     "loop gap, engine's loop": _GAP,
-    "step inflation, trainer on 1 of 2 cores": (
-        "one core is the trainer's. A save takes a good part of the other, for two "
-        "seconds; a thread with `torch.save` takes less of it, for five. All that a save "
-        "costs stands in the column *lost*."
+    "step inflation, trainer on 1 of 2 cores": _STEPS,
+    "step inflation, trainer on 2 of 2 cores": _STEPS,
+    "checksum cost, save": Remark(
+        spent="the CRC-32 of every byte, on cores that copy and write as well.",
+        tried=(
+            "ISA-L's CRC-32; record sums combined to that of the file, so that no byte is "
+            "summed twice."
+        ),
+        remains="it varies with the disk, which lets it hide or not: compare on a fast one.",
     ),
-    "checksum cost, save": (
-        "the CRC-32 of every byte, on cores that copy and write as well; it varies with "
-        "the disk, which lets it hide or not."
+    "commit beyond the data": Remark(
+        spent=(
+            "six fsyncs, whatever the number of files: the manifest, its directory, the "
+            "tag's, the next `latest`, and the root's twice (for the tag, and for "
+            "`latest`). Raw has two."
+        ),
+        tried="files are synced by their workers before the commit.",
+        remains="three of the six could go side by side.",
     ),
-    "commit beyond the data": (
-        "six fsyncs, whatever the number of files: the manifest, its directory, the "
-        "tag's, the next `latest`, and the root's twice (for the tag, and for `latest`). "
-        "Raw has two."
+    "stall, ring ≥ state": Remark(
+        spent=(
+            "waiting for the copy, and some wake-ups of threads. The first save also takes "
+            "the ring's memory from the system, page by page. A step that is shorter than "
+            "this waits for the rest in `staged`."
+        ),
+        tried=(
+            "the ring's pages are touched by the workers, a chunk at a time; `preflight` "
+            "takes them before step 1; what is nearly staged is copied by the caller."
+        ),
+        remains="without a preflight the first save pays for the memory; nothing hides that.",
     ),
-    "stall, ring ≥ state": (
-        "waiting for the copy, and some wake-ups of threads. The first save also takes "
-        "the ring's memory from the system, page by page; a machine that gets its own "
-        "memory from a host waits for that as well. A step that is shorter than this "
-        "waits for the rest in `staged`. What DCP takes is one copy of the state."
+    "restore in place": Remark(
+        spent=(
+            "the copy from the ring to the tensors: direct reads need aligned memory, "
+            "which tensors have not. It overlaps the reads, and takes memory bandwidth."
+        ),
+        tried="blocks of 2 and of 8 MiB (8 is better); twice as many readers.",
+        remains="reading those tensors in place that happen to be aligned.",
     ),
-    "restore in place": (
-        "the copy from the ring to the tensors: direct reads need aligned memory, which "
-        "tensors have not. It overlaps the reads, and takes memory bandwidth from them."
+    "restore to CPU, fresh": Remark(
+        spent=(
+            "page faults of fresh memory, which the raw read does not have (its memory was "
+            "touched before: *raw, fresh memory* has them), nor a mapped file (its pages "
+            "are the kernel's, and are not cleared before they are read into)."
+        ),
+        tried=(
+            "huge pages; memory shared by small tensors; twice as many readers (3.28 → "
+            "2.62 s for 2 GiB, from round to round 1.9 to 4.2 s)."
+        ),
+        remains="this machine gets its memory from a host, at 0.5 to 2 GiB/s.",
     ),
-    "restore to CPU, fresh": (
-        "page faults of fresh memory, which the raw read does not have (its memory was "
-        "touched before), nor a mapped file (its pages are the kernel's, and are not "
-        "cleared before they are read into)."
+    "partial load": Remark(
+        spent="the directory and the pickle of the file, then the tensor.",
+        tried="read-ahead is off for small reads (it was 8 MiB here).",
+        remains="nothing.",
     ),
-    "checksum cost, load": (
-        "the same two cores that take the page faults; it varies with how fast this "
-        "machine gets its memory."
+    "checksum cost, load": Remark(
+        spent="the same cores that take the page faults.",
+        tried="one pass for records, headers and the whole file.",
+        remains="it varies with how fast this machine gets its memory.",
     ),
 }

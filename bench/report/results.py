@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from bench.cases import CASES
 from bench.measuring import Cache
 from bench.workloads import Workload
 
@@ -184,6 +185,11 @@ class Results:
             merged.ranks = part.ranks or merged.ranks
             merged.sources |= part.sources
         return merged
+
+    @property
+    def missing(self) -> list[str]:
+        """The cases that nobody has measured."""
+        return [name for name in (*CASES, "ranks") if name not in self.sources]
 
     @property
     def place(self) -> tuple[str, dict[str, Any]]:

@@ -151,10 +151,11 @@ def _fastest_load(cell: CellResults) -> Verdict | None:
 def _partial(cell: CellResults) -> Verdict | None:
     tensor_bytes = cell.nbytes / cell.workload.num_tensors
     directory_bytes = _PER_RECORD_BYTES * cell.workload.num_tensors
-    beyond = max(
-        (cell.worst(_OURS, key) or 0) - tensor_bytes - directory_bytes
-        for key in ("rchar_bytes", "read_bytes")
-    )
+    read = [cell.worst(_OURS, key) for key in ("rchar_bytes", "read_bytes")]
+    most = max((each for each in read if each is not None), default=None)
+    if most is None:
+        return None
+    beyond = most - tensor_bytes - directory_bytes
     return Verdict(f"tensor + {beyond / MIB:.2f} MiB", beyond <= MIB)
 
 

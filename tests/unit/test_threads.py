@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 
-from aiockpt.loop_thread import LoopThread
+from aiockpt.loop_thread import Call, LoopThread
 from aiockpt.threads import WorkerPool, outlast, run_blocking
 from gates import LIMIT_S, Gate, happened, turns
 from interrupts import WAYS
@@ -277,12 +277,18 @@ async def test_an_error_that_was_dropped_keeps_nothing_alive(call, pool, loop_th
         assert was_freed.wait(LIMIT_S)
 
 
-def test_an_error_that_a_blocked_caller_dropped_keeps_nothing_alive(loop_thread):
+@pytest.mark.parametrize("is_run", [False, True])
+def test_an_error_that_a_blocked_caller_dropped_keeps_nothing_alive(
+    loop_thread, is_run
+):
     with no_cycle_collector():
         tensor = Tensor()
         was_freed = tensor.was_freed
         with contextlib.suppress(WorkError):
-            loop_thread.spawn(fail_later_with(tensor)).result()
+            if is_run:
+                Call(fail_later_with(tensor)).run(loop_thread.spawn)
+            else:
+                loop_thread.spawn(fail_later_with(tensor)).result()
         del tensor
         assert was_freed.wait(LIMIT_S)
 
