@@ -267,14 +267,14 @@ async def _commit(
 class _Killer:
     """Ends the process, as an out-of-memory killer would, in one tag's save.
 
-    It strikes once the file's tensors are copied: some of them are on disk, some
-    only in memory, and nothing is published.
+    It strikes once the file is written: it is there, it need not be durable, and
+    nothing is published.
     """
 
     fatal_tag: str | None = None
 
     def __call__(self, event: events.Event) -> None:
-        if isinstance(event, events.Staged) and event.tag == self.fatal_tag:
+        if isinstance(event, events.Written) and event.tag == self.fatal_tag:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
