@@ -86,6 +86,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.dir) as directory:
             for line in run(name, arguments, directory):
                 tell(out, {"contender": name, **line})
+                if name == "aiockpt" and "does_not_run" in line:
+                    sys.exit("aiockpt does not run")
 
 
 def tell(path: Path, line: dict[str, object]) -> None:

@@ -34,7 +34,7 @@ _GAP = Remark(
     ),
     tried=(
         "workers run at a lower priority (at equal priority the 99th percentile was twice "
-        "as long); copies of less than a quarter of a MiB keep the lock, which costs less "
+        "as long); copies of less than 128 KiB keep the lock, which costs less "
         "than asking for it back; planning leaves few objects for the collector; "
         "`preflight` collects garbage once, before step 1."
     ),

@@ -163,6 +163,14 @@ def roots(request: pytest.FixtureRequest, tmp_path: Path) -> list[Path]:
     return [tmp_path / name for name in names]
 
 
+def loading_by(load: Callable[..., Awaitable[str]], ranks: Crew) -> list[TagLoader]:
+    """What chooses the tags of each rank's loads, which `load` then does."""
+    loader: Any = SimpleNamespace(load=load)
+    return [
+        TagLoader(rank.catalog, loader, rank.ranks, rank.planners) for rank in ranks
+    ]
+
+
 def waits_for_1(hub: Hub, topic: str) -> bool:
     opening = hub._open.get((topic, None), [])
     return any(each.missing() == [1] for each in opening)
@@ -623,16 +631,12 @@ async def test_ranks_load_one_attempt_or_are_told_that_theirs_is_another(
         await alone.retry()
     async with crew(roots, planners) as ranks:
 
-        class NoLoader:
-            async def load(self, opener: Callable[[], Any], _: object) -> str:
-                file, _ = await run_blocking(planners, opener)
-                file.close()
-                return "state"
+        async def load(opener: Callable[[], Any], _: object) -> str:
+            file, _ = await run_blocking(planners, opener)
+            file.close()
+            return "state"
 
-        loaders = [
-            TagLoader(rank.catalog, NoLoader(), rank.ranks, rank.planners)
-            for rank in ranks
-        ]
+        loaders = loading_by(load, ranks)
         options: Any = SimpleNamespace(into=None)
         found = await outcomes(
             loader.load(f"dir/{rank}.pt", None, options)
@@ -670,15 +674,11 @@ async def test_a_search_for_a_sound_tag_that_is_cancelled_fails_on_all(
     async with crew([tmp_path / "runs"] * 2, planners) as ranks:
         await ranks.retry()
 
-        class NoLoader:
-            async def load(self, *_: object) -> str:
-                await asyncio.sleep(0)
-                return "state"
+        async def load(*_: object) -> str:
+            await asyncio.sleep(0)
+            return "state"
 
-        loaders = [
-            TagLoader(rank.catalog, NoLoader(), rank.ranks, rank.planners)
-            for rank in ranks
-        ]
+        loaders = loading_by(load, ranks)
         options: Any = SimpleNamespace(into=None)
         hub = ranks[0].ranks._door._star.server.hub
         for at in itertools.count(1):
