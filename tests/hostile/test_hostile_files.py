@@ -1,5 +1,11 @@
 """A file from anywhere is opened or refused; it runs nothing and takes no memory."""
 
+import os
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from aiockpt import errors
@@ -41,6 +47,46 @@ def test_a_file_from_anywhere_is_opened_or_refused(case, name, opener, tmp_path)
     own = own_events(path, names_device="cuda" in case.name)
     assert [event for event in found["touched"] if event not in own] == []
     assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(str(path))
+
+
+def _device(kind: int, major: int, minor: int) -> Callable[[Path], None]:
+    return lambda path: os.mknod(path, kind | 0o644, os.makedev(major, minor))
+
+
+# What would be waited for, or read without end, and a link to what is not there.
+NO_FILES: dict[str, Callable[[Path], None]] = {
+    "a pipe": os.mkfifo,
+    "a directory": os.mkdir,
+    "a socket": _socket,
+    "/dev/zero": _device(stat.S_IFCHR, 1, 5),
+    "a terminal": _device(stat.S_IFCHR, 5, 0),
+    "a block device": _device(stat.S_IFBLK, 7, 200),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.case(16, "no file at all")
+@pytest.mark.parametrize("name", ["file.pt", "file.safetensors"])
+@pytest.mark.parametrize("make", NO_FILES.values(), ids=NO_FILES)
+def test_what_is_no_file_is_refused_at_once(make, name, opener, tmp_path, monkeypatch):
+    # A socket's name may not be long.
+    monkeypatch.chdir(tmp_path)
+    try:
+        make(Path(name))
+    except PermissionError:
+        pytest.skip("devices are made by root")
+
+    found = opener.open(tmp_path / name)
+
+    assert "died" not in found, found
+    told = {door: found["outcomes"][door].get("error") for door in found["outcomes"]}
+    assert set(told.values()) <= {"StorageError", "CheckpointNotFoundError"}, told
 
 
 def assert_expected(expected: Expected, outcome: dict[str, str], door: str) -> None:
