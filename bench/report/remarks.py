@@ -144,8 +144,8 @@ REMARKS: dict[str, Remark] = {
             "this waits for the rest in `staged`."
         ),
         tried=(
-            "the ring's pages are touched by the workers, a chunk at a time; `preflight` "
-            "takes them before step 1; what is nearly staged is copied by the caller."
+            "`preflight` takes the ring's memory, for as much as the state needs, before "
+            "step 1; opening the file does not hold up the copies."
         ),
         remains="without a preflight the first save pays for the memory; nothing hides that.",
     ),
