@@ -47,7 +47,7 @@ def flipped(data: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
-def assert_detected(engine: Engine, tag: str, name: str) -> None:
+def assert_detected(engine: Engine, tag: str, name: str) -> CorruptCheckpointError:
     """Loading the file fails, by its name; nothing is handed out."""
     path = f"{engine.root}/{tag}/{name}"
     with pytest.raises(CorruptCheckpointError) as caught:
@@ -55,3 +55,4 @@ def assert_detected(engine: Engine, tag: str, name: str) -> None:
     error = caught.value
     assert error.path == path, repr(error)
     assert error.offset is None or error.offset >= 0
+    return error
