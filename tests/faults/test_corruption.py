@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from aiockpt.errors import CorruptCheckpointError
 from aiockpt.tag_reader import TagReader
@@ -122,6 +123,23 @@ def test_a_file_of_another_tag_is_told(cases, tags, engine, name):
     with cases.case(9, "a file of another tag", name):
         with replaced(tags / "one" / name, (tags / "two" / name).read_bytes()):
             assert_detected(engine, "one", name)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_file_of_another_rank_is_told(cases, memory, suffix):
+    names = [f"rank_{rank}.{suffix}" for rank in range(2)]
+    with Engine(memory / "root", SMALL) as engine:
+        engine.create("one")
+        for rank, name in enumerate(names):
+            engine.save({"w": torch.arange(2500) + rank}, name)
+        engine.commit("one")
+        paths = [memory / "root" / "one" / name for name in names]
+        own, other = [path.read_bytes() for path in paths]
+        assert len(own) == len(other)
+        with cases.case(9, "a file of another rank", suffix):
+            with replaced(paths[0], other), replaced(paths[1], own):
+                for name in names:
+                    assert_detected(engine, "one", name)
 
 
 def test_a_manifest_of_another_tag_is_told(cases, tags, engine):
