@@ -101,7 +101,7 @@ def test_a_rank_killed_between_two_words_fails_all_and_loses_nothing(
     cases: Cases, jobs, root, phase
 ):
     moment, when, ranks = PHASES[phase]
-    for at, number in itertools.product(ranks, range(cases.pick(3, 20))):
+    for at, number in itertools.product(ranks, range(cases.pick(4, 20))):
         results = killed(jobs, "die", root, at, moment=moment, when=when)
         told = [
             result if rank == at else {"told": result[0], "lost": result[1]}
