@@ -150,7 +150,7 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def bench_smoke(session: nox.Session) -> None:
     """Runs every case tiny, checks the bytes, and writes a page that nobody keeps."""
-    install(session, "bench", "peers", "deepspeed")
+    install(session, "bench", "peers")
     directory = Path(session.create_tmp())
     results = directory / "smoke.jsonl"
     results.unlink(missing_ok=True)
@@ -159,9 +159,6 @@ def bench_smoke(session: nox.Session) -> None:
     run = ("python", "-m", "bench", "--scale", "tiny", "--out", f"{results}")
     session.run(*run, "--dir", f"{directory}", *session.posargs)
     session.run("python", "-m", "bench.report", f"{results}", "--docs", f"{docs}")
-    saves = ["bench.deepspeed_saves", "--mib", "16", "--repeats", "1", "--steps", "2"]
-    saves += ["--only", "torch", "aiockpt", "--out", f"{directory / 'deepspeed.jsonl'}"]
-    session.run("python", "-m", *saves, "--dir", f"{directory}")
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
     together = ("bench.replicated", "--gib", "0.02", "--repeats", "1")
     session.run("python", "-m", *launcher, "-m", *together, "--dir", f"{directory}")
