@@ -175,7 +175,7 @@ def verify(path: str) -> object:
 def rows(path: str) -> None:
     """The rows of the first tensors, all and some of them."""
     with aiockpt.sync.open(path) as file:
-        for tensor in file.tensors[:20]:
+        for tensor in file.tensors[:3]:
             for start, stop in ((0, None), (1, 2)) if tensor.shape else ():
                 file.rows(tensor.key, start, stop)
 
