@@ -104,6 +104,11 @@ class Watcher(TagReader):
             return after.published_ns
         return await run_blocking(self._lookers, self._position_ns, after)
 
+    async def now_ns(self, called_ns: int) -> int:
+        """The position of who asked at that time, whatever was published since."""
+        position_ns = await self.position_ns(None)
+        return min(position_ns, called_ns)
+
     def _position_ns(self, after: str | None) -> int:
         if after is not None:
             return self.manifest(after).published_ns
@@ -241,7 +246,13 @@ class _Watch:
             check_tag(after)
         self._host = host
         # Now, and not with the first step: "from now on" begins with this call.
-        self._start = host.spawn(host.watcher.position_ns(after))
+        watcher = host.watcher
+        position = (
+            watcher.now_ns(time.time_ns())
+            if after is None
+            else watcher.position_ns(after)
+        )
+        self._start = host.spawn(position)
         self._position_ns: int | None = None
         self._ready: list[TagInfo] = []
 
