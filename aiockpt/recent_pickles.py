@@ -3,7 +3,8 @@
 Saves of one run differ in the bytes of their tensors, rarely in anything else, and the
 pickle holds everything else: keys, values, and for each tensor where it stands in which
 storage. Whether all of that is as it was is found out by a digest, in a fraction of
-the time that pickling takes.
+the time that pickling takes. Numbers may be others (a step, a loss, a learning rate):
+they are filled in.
 """
 
 # ruff: noqa: SLF001 - a storage's identity has no other name
@@ -16,12 +17,16 @@ import hashlib
 import marshal
 import pickle
 from array import array
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, TypedStorage, UntypedStorage
 from torch.nn import Parameter
+from typing_extensions import override
 
+from aiockpt.pickle_templates import Number, PickleTemplate, number
 from aiockpt.pickling import Pickled, Span, is_plain, pickle_state
 
 # Values that are no tensors are looked at as far as that; it takes their hash a
@@ -31,6 +36,12 @@ _MAX_BYTES: Final = 64 << 20
 _NUM_KEPT: Final = 2
 # Of `marshal`, the last one whose output depends on values only.
 _MARSHAL_VERSION: Final = 2
+
+# Their objects are pickled alike under all protocols, so that the same numbers are met
+# in the same order.
+_STEADY_TYPES: Final = frozenset(
+    {OrderedDict, defaultdict, torch.Size, torch.dtype, torch.device}
+)
 
 
 class _Digest(Protocol):
@@ -42,11 +53,14 @@ class _Likeness(NamedTuple):
     """What tells a state's pickle from that of others.
 
     Attributes:
-        digest: The same for states whose pickles are the same.
+        digest: The same for states whose pickles are the same but for `numbers`.
+        numbers: Numbers in the order in which they are met; some may be in the digest
+            instead.
         storages: Those behind the tensors, in the order in which they are met.
     """
 
     digest: bytes
+    numbers: list[Number]
     storages: list[UntypedStorage]
 
 
@@ -54,21 +68,27 @@ class _Recent(NamedTuple):
     """A pickle, and which bytes belong to it.
 
     Attributes:
-        data: See `Pickled`.
-        spans: For each of its spans: the number of the storage, start and length.
+        template: See `Pickled.data`.
+        spans: For each of its spans: the index of the storage, start and length.
     """
 
-    data: bytes
+    template: PickleTemplate
     spans: "array[int]"
 
-    def over(self, storages: Sequence[UntypedStorage]) -> Pickled:
-        """The same pickle over other storages."""
-        numbers = iter(self.spans)
+    def over(self, likeness: _Likeness) -> Pickled | None:
+        """The same pickle with other numbers, over other storages.
+
+        None where it is not known where to put the numbers.
+        """
+        data = self.template.filled(likeness.numbers)
+        if data is None:
+            return None
+        parts = iter(self.spans)
         spans = [
-            Span(storages[number], start, nbytes)
-            for number, start, nbytes in zip(numbers, numbers, numbers, strict=True)
+            Span(likeness.storages[index], start, nbytes)
+            for index, start, nbytes in zip(parts, parts, parts, strict=True)
         ]
-        return Pickled(self.data, spans)
+        return Pickled(data, spans)
 
 
 # By digest, the latest last. Used by several threads: each step is one of `dict`'s.
@@ -81,11 +101,10 @@ def pickle_like_before(tree: object) -> Pickled:
     if likeness is None:
         return pickle_state(tree)
     recent = _kept.pop(likeness.digest, None)
-    if recent is not None:
-        pickled = recent.over(likeness.storages)
-    else:
+    pickled = None if recent is None else recent.over(likeness)
+    if pickled is None:
         pickled = pickle_state(tree)
-        recent = _recent_of(pickled, likeness)
+        recent = _recent_of(pickled, likeness, recent)
     if recent is not None:
         _kept[likeness.digest] = recent
         for digest in list(_kept)[:-_NUM_KEPT]:
@@ -93,16 +112,23 @@ def pickle_like_before(tree: object) -> Pickled:
     return pickled
 
 
-def _recent_of(pickled: Pickled, likeness: _Likeness) -> _Recent | None:
-    """None where it refers to storages of tensors that were made for it."""
-    numbers = {each._cdata: number for number, each in enumerate(likeness.storages)}
+def _recent_of(
+    pickled: Pickled, likeness: _Likeness, last: _Recent | None
+) -> _Recent | None:
+    """None where it refers to storages of tensors that were made for it.
+
+    `last` is of a pickle with other numbers.
+    """
+    indices = {each._cdata: index for index, each in enumerate(likeness.storages)}
     spans = array("q")
     for storage, start, nbytes in pickled.spans:
-        number = numbers.get(storage._cdata)
-        if number is None:
+        index = indices.get(storage._cdata)
+        if index is None:
             return None
-        spans.extend((number, start, nbytes))
-    return _Recent(pickled.data, spans)
+        spans.extend((index, start, nbytes))
+    if last is None:
+        return _Recent(PickleTemplate(pickled.data, likeness.numbers), spans)
+    return _Recent(last.template.learnt(pickled.data, likeness.numbers), spans)
 
 
 def _likeness_of(tree: object) -> _Likeness | None:
@@ -119,8 +145,13 @@ def _likeness_of(tree: object) -> _Likeness | None:
     if not all(map(is_plain, pickler.tensors)):
         return None
     storages: list[UntypedStorage] = []
-    digest.update(marshal.dumps(_told(pickler.tensors, storages), _MARSHAL_VERSION))
-    return _Likeness(digest.digest(), storages)
+    told = _told(pickler.tensors, storages)
+    numbers = pickler.numbers
+    if not pickler.is_steady:
+        told += numbers
+        numbers = []
+    digest.update(marshal.dumps(told, _MARSHAL_VERSION))
+    return _Likeness(digest.digest(), numbers, storages)
 
 
 def _told(tensors: Sequence[Any], storages: list[UntypedStorage]) -> list[object]:
@@ -173,6 +204,12 @@ class _LikenessPickler(pickle.Pickler):
     """Writes tensors as what they are, a plain one or a parameter, and notes them.
 
     A tensor that is there twice is referred to the second time, as any other object.
+    Of numbers, only that they are there is written, and they are noted.
+
+    Attributes:
+        tensors: The tensors.
+        numbers: The numbers, each as often as it is met.
+        is_steady: Whether the true pickle has the same numbers in the same order.
     """
 
     def __init__(self, file: _Hashing) -> None:
@@ -180,13 +217,29 @@ class _LikenessPickler(pickle.Pickler):
             file, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=file.take
         )
         self.tensors: list[Any] = []
-        self.dispatch_table = _Reducers(self.tensors)
+        self.numbers: list[Number] = []
+        self._other_types: set[type] = set()
+        self.dispatch_table = _Reducers(self.tensors, self._other_types)
+
+    @property
+    def is_steady(self) -> bool:
+        return self._other_types <= _STEADY_TYPES
+
+    @override
+    def persistent_id(self, obj: Any) -> int | None:
+        kind: type = type(obj)
+        if kind is int or kind is float:
+            self.numbers.append(number(obj))
+            return 0
+        return None
 
 
 class _Reducers(dict[type, Callable[[Any], Any]]):
     """As those of pickling; but whatever has a storage is noted, or refused."""
 
-    def __init__(self, tensors: list[Any]) -> None:
+    def __init__(self, tensors: list[Any], other_types: set[type]) -> None:
+        """What has a class that pickle does not know is noted in `other_types`."""
+
         def note(tensor: Any) -> tuple[Any, ...]:
             tensors.append(tensor)
             return int, ()
@@ -196,8 +249,10 @@ class _Reducers(dict[type, Callable[[Any], Any]]):
             return float, ()
 
         super().__init__({Tensor: note, Parameter: note_parameter})
+        self._other_types = other_types
 
     def __missing__(self, kind: type) -> Callable[[Any], Any]:
         if issubclass(kind, Tensor | TypedStorage | UntypedStorage):
             raise _UnlikeError
+        self._other_types.add(kind)
         return copyreg.dispatch_table[kind]

@@ -4,11 +4,12 @@ __all__ = ["Bench", "ContenderError", "Session"]
 
 import contextlib
 import importlib
+import itertools
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Bench:
         state: It, in memory that is there already.
         memory: Counts from before the contender was made ready.
         settings: What the case has been told.
+        steps: Numbers of steps.
     """
 
     contender: Contender
@@ -52,6 +54,16 @@ class Bench:
     state: dict[str, Any]
     memory: Memory
     settings: Mapping[str, Any]
+    steps: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    def next_state(self) -> dict[str, Any]:
+        """What is to be saved; a nested state has the number of its step in it.
+
+        Flat ones are tensors only: not everybody can save a number.
+        """
+        if not self.workload.is_nested:
+            return self.state
+        return {**self.state, "step": next(self.steps)}
 
     def check(self, loaded: Mapping[str, Any], keys: list[str] | None = None) -> None:
         """Returns if what was loaded is what was saved, bit for bit.

@@ -177,13 +177,18 @@ class Walk:
     def _copy_pairs(self, pairs: dict[Any, Any], step: Callable[[object], str]) -> None:
         """Replaces keys and values by their copies, in place and in order."""
         shared = self._shared_types
+        plain_tensors = self.plain_tensors
         are_keys_shared = True
         key: object = None
         try:
             for key, value in pairs.items():
                 if type(key) not in shared:
                     are_keys_shared = False
-                if type(value) not in shared:
+                kind = type(value)
+                # As `copy` does; here, nearly all tensors are spared the call.
+                if kind is Tensor or kind is Parameter:
+                    plain_tensors[id(value)] = value
+                elif kind not in shared:
                     pairs[key] = self.copy(value)
         except RefusedError as refused:
             refused.steps.append(step(key))

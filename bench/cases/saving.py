@@ -26,7 +26,7 @@ SNAPSHOT = "torchsnapshot async_take + fsync"
 
 def measure(bench: Bench, tag: str) -> dict[str, float]:
     """One durable save, with a step of the trainer in between; then a look at it."""
-    contender, state = bench.contender, bench.state
+    contender, state = bench.contender, bench.next_state()
     step_s = bench.settings.get("step_s", 0.0)
     contender.begin_training(state)
     start = perf_counter()

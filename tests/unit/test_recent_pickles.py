@@ -17,6 +17,7 @@ import states
 from aiockpt import recent_pickles
 from aiockpt.capture import capture
 from aiockpt.errors import InvalidArgumentError
+from aiockpt.pickle_templates import PickleTemplate
 from aiockpt.pickling import Pickled, pickle_state
 from aiockpt.recent_pickles import pickle_like_before
 from aiockpt.testing.strategies import state_dicts
@@ -152,6 +153,103 @@ def test_no_two_states_are_taken_for_one(trees: list[object], chance: random.Ran
                 pickle_like_before(state)
             continue
         assert told(pickle_like_before(state)) == told(expected)
+
+
+NUMBERS = (0, 1.0, -0.0, 0.0, 255, 256, -1, 65_536, 2**31, -(2**40), 2**2100)
+
+
+def counting(*numbers: object) -> dict[str, object]:
+    first, second, third = numbers
+    return {
+        "model": OrderedDict(weight=torch.rand(4, 6), bias=torch.rand(6)),
+        "step": first,
+        "nested": [(second, "text"), {third: third}, {second}],
+        "state": {7: torch.rand(2), 8: torch.rand(2)},
+        "loss": 0.5,
+    }
+
+
+def test_after_two_saves_it_is_known_where_the_numbers_are_that_change(anew):
+    for numbers in [(0, 0, 0), (1, 1.5, float("nan"))]:
+        pickle_like_before(counting(*numbers))
+    assert len(anew) == 2
+    for first, second in zip(NUMBERS, reversed(NUMBERS), strict=True):
+        state = counting(first, second, float("inf"))
+        assert told(pickle_like_before(state)) == told(pickle_state(state))
+    assert len(anew) == 2
+
+
+def test_a_number_that_changes_for_the_first_time_is_found_beside_the_others(anew):
+    for numbers in [(0, 5, 5), (1, 5, 5), (2, 5, 5)]:
+        pickle_like_before(counting(*numbers))
+    assert len(anew) == 2
+    for numbers in [(300, 6, 5), (301, 7, 5), (300, 6, 6), (302, 5, 6), (303, 9, 9)]:
+        state = counting(*numbers)
+        assert told(pickle_like_before(state)) == told(pickle_state(state))
+    assert len(anew) == 4
+
+
+@given(
+    st.recursive(
+        st.sampled_from([None, True, "text", torch.ones(2)]) | st.just(0),
+        lambda parts: (
+            st.lists(parts, max_size=4)
+            | st.lists(parts, max_size=4).map(lambda items: [*items, items])
+            | st.dictionaries(st.integers() | st.text(), parts, max_size=4)
+        ),
+    ),
+    st.randoms(),
+)
+def test_wherever_numbers_change_the_pickle_is_a_new_one_s(
+    tree: object, chance: random.Random
+):
+    def renumbered(part: object) -> object:
+        if isinstance(part, list):
+            return [renumbered(item) for item in part]
+        if isinstance(part, dict):
+            return {key: renumbered(value) for key, value in part.items()}
+        if type(part) is int and chance.random() < 0.7:
+            return chance.choice(NUMBERS)
+        return part
+
+    for _ in range(5):
+        state = renumbered(tree)
+        assert told(pickle_like_before(state)) == told(pickle_state(state))
+
+
+class Fickle:
+    """Its numbers stand in another order under another protocol."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.numbers = numbers
+
+    def __reduce_ex__(self, protocol: int) -> object:
+        step = 1 if protocol == 2 else -1
+        return Fickle, self.numbers[::step]
+
+
+def test_numbers_of_an_object_are_not_filled_in(anew):
+    states = [[Fickle(number, number), torch.ones(2)] for number in (1, 2)]
+    states.append([Fickle(3, 4), torch.ones(2)])
+    for state in states:
+        assert pickle_like_before(state).data == pickle_state(state).data
+    assert len(anew) == 3
+
+
+def test_pickles_that_differ_in_more_than_numbers_teach_nothing():
+    template = PickleTemplate(b"a K\x01 b K\x02 c", [1, 2])
+    for data in (
+        b"a K\x03 b K\x02 d",
+        b"a K\x03 b K\x04 c",
+        b"x K\x03 b K\x02 c",
+        b"a K\x03",
+    ):
+        learnt = template.learnt(data, [3, 2])
+        assert learnt == PickleTemplate(data, [3, 2], {})
+    learnt = template.learnt(b"a K\x03 b K\x02 c", [3, 2])
+    assert learnt.blanks == {0: 2}
+    assert learnt.learnt(b"b K\x04 b K\x02 c", [4, 2]).blanks == {}
+    assert learnt.learnt(b"a K\x05 b K\x02 c", [4, 2]).blanks == {}
 
 
 class Subclass(torch.Tensor):
