@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,21 @@ def pytest_collection_modifyitems(
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
     with counted(pyfuncitem):
         return (yield)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One of several processes that share the tests tells the first of its cases."""
+    told: dict[str, object] | None = getattr(session.config, "workeroutput", None)
+    if told is not None:
+        told["faults"] = list(cases_of(session.config).lines())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Adds what such a process has told; one that has died tells nothing."""
+    told: dict[str, Any] = getattr(node, "workeroutput", {})
+    cases_of(node.config).add(told.get("faults", ()))
 
 
 def pytest_terminal_summary(

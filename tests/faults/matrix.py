@@ -7,7 +7,7 @@ its error, and all counts end in the summary and, where asked for, in a report.
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +80,13 @@ class Cases:
         if not self.is_long or (long < ordinary and self.share < 1):
             return ordinary
         return long if long < ordinary else max(ordinary, int(self.share * long))
+
+    def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Adds the counts of another process, as `lines` tells them."""
+        for line in lines:
+            key = line["row"], line["fault"]
+            self.num_run[key] += line["cases"]
+            self.num_survived[key] += line["survived"]
 
     def lines(self) -> Iterator[dict[str, object]]:
         """One record for each kind of fault."""

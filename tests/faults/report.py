@@ -253,7 +253,9 @@ def page(sources: Sequence[Source]) -> str:
         )
         + f"\n{sum(record['survived'] for record in rows):,} of "
         + f"{sum(record['cases'] for record in rows):,} cases survived.\n"
-        + _failed([record["failed"] for record in records if "failed" in record])
+        + _failed(
+            list({record["failed"]: None for record in records if "failed" in record})
+        )
         + OTHERS
         + "".join(f"- row {row}, {why}.\n" for row, why in NOT_RUN.items())
         + PEERS

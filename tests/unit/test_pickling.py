@@ -102,7 +102,9 @@ def test_distributed_tensors_load_as_torch_would_have_saved_them() -> None:
         assert_same_state(actual, load(file_of_torch(state)))
 
 
-@pytest.mark.parametrize("name", states.ALL_STATES.keys() - states.UNSAFE_STATES)
+@pytest.mark.parametrize(
+    "name", sorted(states.ALL_STATES.keys() - states.UNSAFE_STATES)
+)
 def test_what_torch_loads_safely_loads_safely(name: str) -> None:
     file = file_of(pickle_state(states.ALL_STATES[name]()))
     with warnings.catch_warnings():
