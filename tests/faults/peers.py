@@ -1,12 +1,13 @@
 """aiockpt beside its peers, through the same power cuts and the same damage.
 
-    PYTHONPATH=tests python -m faults.peers RESULTS.jsonl [--cuts 50] [--flips 500]
+    PYTHONPATH=tests python -m faults.peers RESULTS.jsonl [--cuts 50] [--flips 500] [--saves 8]
 
 adds one record for each comparison to the results. Needs root, and mkfs for each of
 the file systems. Each contender is in its ordinary use (`faults.power.contenders`):
 what it saved is acknowledged when its call has returned. A cut comes within a tenth of
 a second of that, as the unlucky one does; before half of them the kernel writes back
-what it caches, at any moment of a save.
+what it caches, at any moment of a save. Then all save on a disk that logs, and lose, at
+each of its flushes and between them, what it was not told to flush.
 """
 
 import argparse
@@ -27,11 +28,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from faults.damage import flipped
 from faults.matrix import Cases
-from faults.places import mkfs
+from faults.places import mkfs, new_image
 from faults.power.contenders import PEERS, Contender, contender, is_state
 from faults.power.cuts import NUM_SEEDS_A_CUT, Cutter
-from faults.power.disks import powered, write_back
+from faults.power.disks import IMAGE_MIB, powered, write_back
 from faults.power.oracle import Oracle
+from faults.power.recording import Recorder
 from faults.power.writers import Writers
 
 # What is lost, in the words of `Losses`.
@@ -112,6 +114,21 @@ def cut_power(cutter: Cutter, name: str, num_cuts: int, *, is_new: bool) -> Loss
     return losses
 
 
+def lose_unflushed(recorder: Recorder, name: str, num_saves: int) -> Losses:
+    """What a contender loses of what its disk was not told to flush.
+
+    What was acknowledged is counted anew for each cut: it is at risk in each.
+    """
+    losses = Losses()
+    for _, root, oracle in recorder.cuts(recorder.record(name, num_saves)):
+        losses.cuts += 1
+        losses.acknowledged += len(oracle.acked)
+        with closing(contender(name, root)) as saved:
+            for tag, allowed in oracle.allowed.items():
+                losses.judge(saved, tag, allowed)
+    return losses
+
+
 @dataclass
 class Damages:
     """What came of many damaged files.
@@ -184,7 +201,9 @@ def _zeroed(data: bytes, chosen: random.Random) -> bytes:
     return data[:start] + bytes(len(block)) + data[start + len(block) :]
 
 
-def compare(num_cuts: int, num_flips: int) -> Iterator[dict[str, object]]:
+def compare(
+    num_cuts: int, num_flips: int, num_saves: int
+) -> Iterator[dict[str, object]]:
     """One record for each contender and each way to lose."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
         work = Path(path)
@@ -207,6 +226,12 @@ def compare(num_cuts: int, num_flips: int) -> Iterator[dict[str, object]]:
                     "contender": name,
                     **dataclasses.asdict(lost),
                 }
+            for kind, name in itertools.product(KINDS, CONTENDERS):
+                make = mkfs(kind, Cases(is_long=True))
+                base = new_image(work / f"{kind}.base", make, IMAGE_MIB)
+                lost = lose_unflushed(Recorder(base, work, writers), name, num_saves)
+                about = {"unflushed": kind, "contender": name, "saves": num_saves}
+                yield {**about, **dataclasses.asdict(lost)}
 
 
 def main() -> None:
@@ -215,8 +240,9 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--cuts", type=int, default=50)
     parser.add_argument("--flips", type=int, default=500)
+    parser.add_argument("--saves", type=int, default=8)
     given = parser.parse_args()
-    for record in compare(given.cuts, given.flips):
+    for record in compare(given.cuts, given.flips, given.saves):
         with given.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         sys.stdout.write(f"{record}\n")

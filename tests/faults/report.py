@@ -57,6 +57,7 @@ NOT_RUN = {
 }
 LOST = ("missing", "older", "unreadable", "wrong", "torn")
 SEEN = ("detected", "harmless", "undetected")
+COMPARISONS = ("disk", "unflushed", "damage")
 NAMES = {"new": "a new name each time", "again": "four names, in turns"}
 
 Record = dict[str, Any]
@@ -124,7 +125,7 @@ def _topic(record: Record) -> Topic:
     """A fault, or a comparison: all results on it come from one file."""
     if "row" in record:
         return record["row"], record["fault"]
-    return tuple(kind for kind in ("disk", "damage") if kind in record)
+    return tuple(kind for kind in COMPARISONS if kind in record)
 
 
 def newest(sources: Sequence[Source]) -> list[Source]:
@@ -154,7 +155,7 @@ def problems(records: Sequence[Record]) -> Iterator[str]:
         lost = [record.get(key, 0) for key in (*LOST, "undetected")]
         if record.get("contender") == "aiockpt" and any(lost):
             yield f"lost by aiockpt: {record}"
-    for kind in ("disk", "damage"):
+    for kind in COMPARISONS:
         if not any(kind in record for record in records):
             yield f"no comparison by {kind}"
 
@@ -203,6 +204,16 @@ are older than the kernel's write-back, usually half a minute, are not at risk b
 
 """
 
+UNFLUSHED = """
+### What a disk was not told to flush
+
+A few saves on a disk that logs what reaches it, and its flushes. The power is cut at
+each flush, and five times between it and the next, with some of the writes in between
+lost. Acknowledged saves are counted with each cut again. Who never syncs has few cuts,
+at the flushes of the file system itself.
+
+"""
+
 DAMAGE = """
 ### Damaged files
 
@@ -233,7 +244,7 @@ _SOURCE = (
 def _listed(source: Source) -> str:
     rows = sorted({each["row"] for each in source.records if "row" in each})
     what = [f"rows {', '.join(map(str, rows))}"] if rows else []
-    if {("disk",), ("damage",)} & source.topics():
+    if {(kind,) for kind in COMPARISONS} & source.topics():
         what.append("peers")
     return _SOURCE.format(name=source.name, what=" and ".join(what), **source.about)
 
@@ -244,6 +255,7 @@ def page(sources: Sequence[Source]) -> str:
     rows = [record for record in records if "row" in record]
     faults = merged(rows)
     disks = [record for record in records if "disk" in record]
+    unflushed = [record for record in records if "unflushed" in record]
     damages = [record for record in records if "damage" in record]
     return (
         HEAD.format(sources="".join(map(_listed, sources)))
@@ -262,6 +274,11 @@ def page(sources: Sequence[Source]) -> str:
         + _table(
             ("disk", "saved under", "contender", "cuts", "acknowledged", *LOST),
             ({**record, "saved under": NAMES[record["names"]]} for record in disks),
+        )
+        + UNFLUSHED
+        + _table(
+            ("unflushed", "contender", "saves", "cuts", "acknowledged", *LOST),
+            unflushed,
         )
         + DAMAGE
         + _table(("damage", "contender", *SEEN), damages)

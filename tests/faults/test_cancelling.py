@@ -7,12 +7,14 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import anyio
 import pytest
 import torch
 
+import aiockpt.sync
 from aiockpt import CheckpointEngine, EngineStateError
 from aiockpt.errors import CheckpointError
 from aiockpt.testing.faults import Delay, Fault, inject
@@ -175,10 +177,35 @@ def assert_wholly_there_or_not(root: Path, name: str) -> list[str]:
     assert set(tags) <= {"old", "new", "timed"}
     assert "old" in tags or name == "delete"
     for tag in tags:
-        saved = OLD if tag == "old" else NEW
-        loaded = torch.load(root / tag / "model.pt")
-        assert all(torch.equal(loaded[key], value) for key, value in saved.items())
+        expected = undisturbed()["old" if tag == "old" else "new"]
+        files = bytes_of(root / tag)
+        assert "model.pt" in files
+        assert files == {path: expected[path] for path in files}
     return tags
+
+
+def bytes_of(tag: Path) -> dict[str, bytes]:
+    """All that was saved into a tag."""
+    return {path.name: path.read_bytes() for path in tag.iterdir() if path.is_file()}
+
+
+@functools.cache
+def undisturbed() -> dict[str, dict[str, bytes]]:
+    """What is in the tags where nobody interrupts anything."""
+    with TemporaryDirectory() as path:
+        root = Path(path)
+        with aiockpt.sync.CheckpointEngine(root, RING_8_MIB) as engine:
+            for tag, state in ("old", OLD), ("new", NEW):
+                engine.create(tag)
+                engine.save(state, "model.pt")
+                if tag == "new":
+                    engine.save(OLD, "more.pt")
+                    engine.save_bytes("more", "more.txt")
+                    engine.save_sharded(OLD)
+                engine.commit(tag)
+            loaded = torch.load(root / "new" / "model.pt")
+        assert all(torch.equal(loaded[key], value) for key, value in NEW.items())
+        return {tag: bytes_of(root / tag) for tag in ("old", "new")}
 
 
 async def off_loop(work: Callable[..., Any], *args: object, **options: object) -> Any:

@@ -28,6 +28,14 @@ WHOLE = [
         "acknowledged": 11,
         **dict.fromkeys(LOST, 0),
     },
+    {
+        "unflushed": "ext4",
+        "contender": "aiockpt",
+        "saves": 2,
+        "cuts": 5,
+        "acknowledged": 11,
+        **dict.fromkeys(LOST, 0),
+    },
     {"damage": "cut short", "contender": "other", **dict.fromkeys(SEEN, 3)},
 ]
 

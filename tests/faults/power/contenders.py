@@ -184,6 +184,7 @@ class Dcp(_Plain):
         dcp.save(dict(state(seed)), checkpoint_id=self.path(name), no_dist=True)
 
     def _load(self, path: Path) -> Mapping[str, Any]:
+        warnings.simplefilter("ignore")
         # It loads into what has the right shapes: the metadata says which.
         found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         into = {

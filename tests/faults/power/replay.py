@@ -20,7 +20,7 @@ class Cut:
     """A moment at which the power is cut.
 
     Attributes:
-        flush: The number of the last flush before it, from 1.
+        flush: The number of the last flush before it, from 1; 0 if there was none.
         drop: 0: at the flush itself; else the number of a cut after it, by which some
             writes have been lost that no flush followed.
         records: What a writer had told by then.
@@ -52,14 +52,12 @@ class Replay:
         Of what was not flushed each write is there or is not, with even odds; every
         second time each of its blocks. What was logged before a flush is flushed.
         """
-        done = 0
-        for number, end in enumerate(self._ends, 1):
-            _write(self._base, self._entries[done:end])
-            done = end + 1
+        starts = [0, *(end + 1 for end in self._ends)]
+        ends = [*self._ends, None]
+        for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
             _copy(self._base, image)
-            yield Cut(number, 0, _records(self._entries[:end]))
-            later = self._ends[number] if number < len(self._ends) else None
-            unflushed = self._entries[done:later]
+            yield Cut(number, 0, _records(self._entries[:start]))
+            unflushed = self._entries[start:end]
             for drop in range(1, NUM_DROPS + 1):
                 length = self._choices.randint(0, len(unflushed))
                 pieces = unflushed[:length]
@@ -67,7 +65,8 @@ class Replay:
                     pieces = [block for entry in pieces for block in _blocks(entry)]
                 _copy(self._base, image)
                 _write(image, [e for e in pieces if self._choices.random() < 0.5])
-                yield Cut(number, drop, _records(self._entries[: done + length]))
+                yield Cut(number, drop, _records(self._entries[: start + length]))
+            _write(self._base, unflushed)
 
 
 def _blocks(entry: Entry) -> Iterator[Entry]:
