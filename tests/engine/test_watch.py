@@ -32,6 +32,7 @@ from gates import (
     LIMIT_S,
     RING_8_MIB,
     EngineSide,
+    Gate,
     cancelled_at,
     happened,
     held,
@@ -111,6 +112,22 @@ async def test_what_is_yielded_is_what_tags_lists(engine):
     watch = engine.watch()
     await save(engine, "b")
     assert await anext(watch) == (await engine.tags())[-1]
+
+
+async def test_what_is_published_before_the_first_look_is_yielded(engine, monkeypatch):
+    gate, look = Gate(), Watcher._position_ns
+
+    def look_later(watcher: Watcher, after: str | None) -> int:
+        gate.pass_through()
+        return look(watcher, after)
+
+    await save(engine, "before")
+    monkeypatch.setattr(Watcher, "_position_ns", look_later)
+    watch = engine.watch()
+    await gate.reached()
+    await save(engine, "a")
+    gate.open()
+    assert await first(watch, 1) == ["a"]
 
 
 async def test_all_that_came_after_a_tag_is_yielded_first(root, engine):
