@@ -14,6 +14,9 @@ CONSTRAINTS = "constraints.txt"
 # CI starts from nothing; a developer's second run should start at once.
 REUSE_VENV = "no" if os.environ.get("CI") else "yes"
 
+# A process for each core, up to four: tests start processes of their own.
+SHARED = ("-n", "logical", "--maxprocesses", "4", "--dist", "worksteal")
+
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "types", "tests", "bench_smoke"]
 nox.options.reuse_venv = REUSE_VENV
@@ -66,7 +69,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """pytest, without the tests that take minutes unless arguments say otherwise."""
     install(session, "dev", "integrations")
-    session.run("pytest", *(session.posargs or ["-m", "not slow"]))
+    session.run("pytest", *SHARED, *(session.posargs or ["-m", "not slow"]))
 
 
 FUZZ_TARGETS = (
@@ -115,7 +118,7 @@ def faults(session: nox.Session) -> None:
     told = f"--faults-report={results}"
     rows = ("tests/faults", "tests/hostile", *session.posargs)
     parts = [
-        ("pytest", *rows, "--faults", told),
+        ("pytest", *SHARED, *rows, "--faults", told),
         *(("python", "tests/hostile/run_atheris.py", t, told) for t in FUZZ_TARGETS),
         ("python", "-m", "faults.peers", results),
     ]

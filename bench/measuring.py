@@ -85,14 +85,32 @@ def _commit() -> str:
 
 
 def file_system(directory: Path) -> str:
-    """The kind of the file system that holds a directory."""
-    best, kind = "", "unknown"
+    """The file system that holds a directory, its options, and what it lies on."""
+    best, told = "", "unknown"
     for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines():
-        _, place, name, *_ = line.split()
+        _, place, name, options, *_ = line.split()
         is_above = directory.resolve().is_relative_to(place)
         if is_above and len(place) >= len(best):
-            best, kind = place, name
-    return kind
+            best, told = place, f"{name} ({options})"
+    return f"{told} on {_disk(directory.stat().st_dev)}"
+
+
+def _disk(number: int) -> str:
+    """Name, model and cache of a block device, as far as the kernel tells."""
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    if not device.exists():
+        return "no disk of its own"
+    # A partition has neither; its parent directory is the disk.
+    disk = device if (device / "queue").exists() else device.parent
+    told = [_line(disk / place) for place in ("device/model", "queue/write_cache")]
+    return ", ".join((disk.name, *filter(None, told)))
+
+
+def _line(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def results_file(bench: str, about: dict[str, object]) -> Path:
