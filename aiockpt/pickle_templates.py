@@ -6,26 +6,36 @@ it, and remembers none. So two pickles that differ in nothing but some numbers t
 those stand, and the next one is made by writing others there.
 """
 
-__all__ = ["Number", "PickleTemplate", "number"]
+__all__ = ["Number", "PickleTemplate", "is_number", "number"]
 
 import pickle
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 _PROTOCOL: Final = 2
 _FLOAT: Final = struct.Struct(">d")
 # Pickles are compared so many bytes at a time.
 _WINDOW_BYTES: Final = 4096
+# Larger integers are like texts: rarely others, and long.
+_MAX_BITS: Final = 64
+# To fill in more of them takes as long as to pickle.
+_MAX_BLANKS: Final = 1000
 
-# An integer, or the bytes of a floating point number. Equal where they are pickled
-# alike, unlike 0.0 and -0.0, 1 and 1.0, or a NaN and itself.
-Number: TypeAlias = int | bytes
+# An integer, or the bytes of a floating point number in hexadecimal. Equal where they
+# are pickled alike, unlike 0.0 and -0.0, 1 and 1.0, or a NaN and itself.
+Number: TypeAlias = int | str
+
+
+def is_number(value: Any) -> bool:
+    """Whether it can stand in a blank: an `int` or `float` of exactly that class."""
+    kind: type = type(value)
+    return kind is float or (kind is int and value.bit_length() <= _MAX_BITS)
 
 
 def number(value: float) -> Number:
-    """What tells how a number is pickled, of exactly the class `int` or `float`."""
-    return _FLOAT.pack(value) if type(value) is float else int(value)
+    """What tells how a number is pickled."""
+    return _FLOAT.pack(value).hex() if type(value) is float else int(value)
 
 
 class PickleTemplate(NamedTuple):
@@ -34,8 +44,8 @@ class PickleTemplate(NamedTuple):
     Attributes:
         data: One of them.
         numbers: Its numbers, in the order in which they stand in it.
-        blanks: Of those that may be others, the places in `data`, by their index in
-            `numbers`; ascending.
+        blanks: Where in `data` a number stands, by its index in `numbers`, for those
+            that may be others; ascending.
     """
 
     data: bytes
@@ -56,11 +66,15 @@ class PickleTemplate(NamedTuple):
     def learnt(self, data: bytes, numbers: Sequence[Number]) -> "PickleTemplate":
         """The template of `data`, with blanks for what differs, and those there were.
 
-        It has none where the two differ in something that is no number.
+        It has none where the two differ in something that is no number, or where there
+        would be too many.
         """
         blanks: dict[int, int] = {}
         at = new_at = 0
-        for index in sorted(self.blanks.keys() | self._changed(numbers)):
+        indices = sorted(self.blanks.keys() | self._changed(numbers))
+        if len(indices) > _MAX_BLANKS:
+            return PickleTemplate(data, numbers)
+        for index in indices:
             old, new = _opcodes(self.numbers[index]), _opcodes(numbers[index])
             start = self.blanks.get(index)
             if start is None:
@@ -85,8 +99,8 @@ class PickleTemplate(NamedTuple):
 
 
 def _opcodes(of: Number) -> bytes:
-    if isinstance(of, bytes):
-        return pickle.BINFLOAT + of
+    if isinstance(of, str):
+        return pickle.BINFLOAT + bytes.fromhex(of)
     return pickle.dumps(of, _PROTOCOL)[2:-1]  # the protocol and a stop are around it
 
 

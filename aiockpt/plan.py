@@ -59,7 +59,7 @@ def make_plan(
 
 
 # Saves of one run differ in values, rarely in sizes: their images are the same.
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def _zip_chunks(sizes: tuple[int, ...], chunk_bytes: int) -> tuple[int, list[Chunk]]:
     layout = torch_zip.layout(sizes)
     return layout.nbytes, list(chunks(layout, chunk_bytes))

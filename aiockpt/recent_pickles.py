@@ -19,23 +19,29 @@ import pickle
 from array import array
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, TypedStorage, UntypedStorage
 from torch.nn import Parameter
 from typing_extensions import override
 
-from aiockpt.pickle_templates import Number, PickleTemplate, number
+from aiockpt.pickle_templates import Number, PickleTemplate, is_number, number
 from aiockpt.pickling import Pickled, Span, is_plain, pickle_state
 
 # Values that are no tensors are looked at as far as that; it takes their hash a
-# twentieth of a second.
+# twentieth of a second. No more is kept, either.
 _MAX_BYTES: Final = 64 << 20
-# One for each file of a tag, as most have it.
-_NUM_KEPT: Final = 2
+# Each takes half a microsecond to be looked at, which is more than pickling it takes.
+_MAX_NUMBERS: Final = 100_000
+# One for each file of a tag.
+_NUM_KEPT: Final = 8
 # Of `marshal`, the last one whose output depends on values only.
 _MARSHAL_VERSION: Final = 2
+
+# The true pickle has these texts of its own. It refers to the first one that is the same
+# object as another, and repeats what is only equal.
+_OWN_TEXTS: Final = {text: text for text in ("storage", "cpu", "latin1")}
 
 # Their objects are pickled alike under all protocols, so that the same numbers are met
 # in the same order.
@@ -107,9 +113,16 @@ def pickle_like_before(tree: object) -> Pickled:
         recent = _recent_of(pickled, likeness, recent)
     if recent is not None:
         _kept[likeness.digest] = recent
-        for digest in list(_kept)[:-_NUM_KEPT]:
-            _kept.pop(digest, None)
+        _drop_oldest()
     return pickled
+
+
+def _drop_oldest() -> None:
+    nbytes = 0
+    for num_later, (digest, recent) in enumerate(reversed(list(_kept.items()))):
+        nbytes += len(recent.template.data)
+        if num_later >= _NUM_KEPT or nbytes > _MAX_BYTES:
+            _kept.pop(digest, None)
 
 
 def _recent_of(
@@ -136,16 +149,15 @@ def _likeness_of(tree: object) -> _Likeness | None:
     # No secret depends on it, but a save does: two states must not be taken for one.
     digest = hashlib.blake2b(digest_size=32)
     pickler = _LikenessPickler(_Hashing(digest))
+    storages: list[UntypedStorage] = []
     try:
         pickler.dump(tree)
+        if not all(map(is_plain, pickler.tensors)):
+            return None
+        told = _told(pickler.tensors, storages)
     except Exception:  # noqa: BLE001 - pickling says what is wrong, if anything is
         return None
-    finally:
-        del pickler.dispatch_table  # It refers to the pickler, and that to all tensors.
-    if not all(map(is_plain, pickler.tensors)):
-        return None
-    storages: list[UntypedStorage] = []
-    told = _told(pickler.tensors, storages)
+    told += pickler.are_own
     numbers = pickler.numbers
     if not pickler.is_steady:
         told += numbers
@@ -155,19 +167,24 @@ def _likeness_of(tree: object) -> _Likeness | None:
 
 
 def _told(tensors: Sequence[Any], storages: list[UntypedStorage]) -> list[object]:
-    """All that the pickle holds of plain tensors; `storages` becomes those of them."""
+    """All that the pickle holds of plain tensors; `storages` becomes those of them.
+
+    And which storages are the same memory: pickling refuses some of these.
+    """
     told: list[object] = []
     dtypes: dict[object, str] = {}
-    numbers: dict[int, int] = {}
+    indices: dict[int, int] = {}
+    places: dict[int, int] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        number = numbers.setdefault(storage._cdata, len(storages))
-        if number == len(storages):
+        index = indices.setdefault(storage._cdata, len(storages))
+        if index == len(storages):
+            place = places.setdefault(storage.data_ptr(), index)
             storages.append(storage)
-            told += (storage.nbytes(), tensor.get_device())
+            told += (storage.nbytes(), tensor.get_device(), place)
         dtype = tensor.dtype
         told += (
-            number,
+            index,
             dtypes.get(dtype) or dtypes.setdefault(dtype, str(dtype)),
             tuple(tensor.shape),
             tensor.stride(),
@@ -209,6 +226,8 @@ class _LikenessPickler(pickle.Pickler):
     Attributes:
         tensors: The tensors.
         numbers: The numbers, each as often as it is met.
+        are_own: For each text that is equal to one that pickling adds, whether it is
+            that object.
         is_steady: Whether the true pickle has the same numbers in the same order.
     """
 
@@ -218,6 +237,7 @@ class _LikenessPickler(pickle.Pickler):
         )
         self.tensors: list[Any] = []
         self.numbers: list[Number] = []
+        self.are_own: list[bool] = []
         self._other_types: set[type] = set()
         self.dispatch_table = _Reducers(self.tensors, self._other_types)
 
@@ -227,8 +247,13 @@ class _LikenessPickler(pickle.Pickler):
 
     @override
     def persistent_id(self, obj: Any) -> int | None:
-        kind: type = type(obj)
-        if kind is int or kind is float:
+        if type(obj) is str:
+            own = _OWN_TEXTS.get(obj)
+            if own is not None:
+                self.are_own.append(own is obj)
+        elif is_number(obj):
+            if len(self.numbers) == _MAX_NUMBERS:
+                raise _UnlikeError
             self.numbers.append(number(obj))
             return 0
         return None
@@ -242,11 +267,11 @@ class _Reducers(dict[type, Callable[[Any], Any]]):
 
         def note(tensor: Any) -> tuple[Any, ...]:
             tensors.append(tensor)
-            return int, ()
+            return _a_tensor, ()
 
         def note_parameter(parameter: Any) -> tuple[Any, ...]:
             tensors.append(parameter)
-            return float, ()
+            return _a_parameter, ()
 
         super().__init__({Tensor: note, Parameter: note_parameter})
         self._other_types = other_types
@@ -255,4 +280,23 @@ class _Reducers(dict[type, Callable[[Any], Any]]):
         if issubclass(kind, Tensor | TypedStorage | UntypedStorage):
             raise _UnlikeError
         self._other_types.add(kind)
+        if not _is_told_whole(kind):
+            raise _UnlikeError
         return copyreg.dispatch_table[kind]
+
+
+def _is_told_whole(kind: type) -> bool:
+    """Whether objects of a class say as much of themselves under any protocol."""
+    return (
+        kind in _STEADY_TYPES
+        or cast("Any", kind).__reduce_ex__ is object.__reduce_ex__
+        or kind.__module__ == "numpy"
+    )
+
+
+def _a_tensor() -> None:
+    """Stands for one; never called."""
+
+
+def _a_parameter() -> None:
+    """Stands for one; never called."""

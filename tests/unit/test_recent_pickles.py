@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import states
-from aiockpt import recent_pickles
+from aiockpt import pickle_templates, recent_pickles
 from aiockpt.capture import capture
 from aiockpt.errors import InvalidArgumentError
 from aiockpt.pickle_templates import PickleTemplate
@@ -155,7 +155,7 @@ def test_no_two_states_are_taken_for_one(trees: list[object], chance: random.Ran
         assert told(pickle_like_before(state)) == told(expected)
 
 
-NUMBERS = (0, 1.0, -0.0, 0.0, 255, 256, -1, 65_536, 2**31, -(2**40), 2**2100)
+NUMBERS = (0, 1.0, -0.0, 0.0, 255, 256, -1, 65_536, 2**31, -(2**40), 2**64 - 1)
 
 
 def counting(*numbers: object) -> dict[str, object]:
@@ -177,6 +177,36 @@ def test_after_two_saves_it_is_known_where_the_numbers_are_that_change(anew):
         state = counting(first, second, float("inf"))
         assert told(pickle_like_before(state)) == told(pickle_state(state))
     assert len(anew) == 2
+
+
+def test_numbers_are_found_that_stand_far_apart(anew):
+    for numbers in [(0, 0), (1, 1), (2, 2)]:
+        state = [numbers[0], "text" * 10_000, numbers[1]]
+        assert told(pickle_like_before(state)) == told(pickle_state(state))
+    assert len(anew) == 2
+
+
+@pytest.mark.parametrize("large", [2**64, -(2**2100)])
+def test_a_large_integer_is_told_as_it_is(large, anew):
+    for value in (large, large + 1, large):
+        state = [value, torch.ones(2)]
+        assert told(pickle_like_before(state)) == told(pickle_state(state))
+    assert len(anew) == 2
+
+
+def test_more_numbers_than_pay_are_pickled_anew(monkeypatch, anew):
+    monkeypatch.setattr(pickle_templates, "_MAX_BLANKS", 3)
+    for step in range(4):
+        state = [step] * 4
+        assert told(pickle_like_before(state)) == told(pickle_state(state))
+    assert len(anew) == 4
+    monkeypatch.setattr(recent_pickles, "_MAX_NUMBERS", 3)
+    recent_pickles._kept.clear()
+    pickle_like_before([7] * 3)
+    assert recent_pickles._kept
+    recent_pickles._kept.clear()
+    pickle_like_before([7] * 4)
+    assert not recent_pickles._kept
 
 
 def test_a_number_that_changes_for_the_first_time_is_found_beside_the_others(anew):
@@ -252,6 +282,69 @@ def test_pickles_that_differ_in_more_than_numbers_teach_nothing():
     assert learnt.learnt(b"a K\x05 b K\x02 c", [4, 2]).blanks == {}
 
 
+class ToldByProtocol:
+    """It says less of itself under a later protocol."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __reduce_ex__(self, protocol: int) -> object:
+        return ToldByProtocol, (self.value if protocol == 2 else None,)
+
+
+def test_an_object_that_tells_less_under_another_protocol_is_pickled_each_time(anew):
+    for value in "ab":
+        state = [ToldByProtocol(value)]
+        assert pickle_like_before(state).data == pickle_state(state).data
+    assert not recent_pickles._kept
+
+
+class Zero:
+    def __reduce__(self) -> object:
+        return int, ()
+
+
+class Holding:
+    def __init__(self, *parts: object) -> None:
+        self.parts = parts
+
+    def __reduce__(self) -> object:
+        return Holding, tuple(part or Zero() for part in self.parts)
+
+
+def test_no_object_is_taken_for_a_tensor():
+    tensor = torch.ones(())
+    for state in [Holding(tensor, 0)], [Holding(0, tensor)]:
+        assert pickle_like_before(state).data == pickle_state(state).data
+
+
+@pytest.mark.parametrize("text", ["storage", "cpu", "latin1"])
+def test_a_text_of_pickling_s_own_is_told_from_an_equal_one(text):
+    for part in (text, text.encode().decode(), text):
+        state = [b"ab", part, torch.ones(2)]
+        assert pickle_like_before(state).data == pickle_state(state).data
+
+
+def test_what_is_refused_is_refused_after_one_like_it():
+    pickle_like_before([torch.ones(4), torch.ones(4, dtype=torch.int32)])
+    array = np.ones(4, np.float32)
+    shared = [torch.from_numpy(array), torch.from_numpy(array.view(np.int32))]
+    with pytest.raises(InvalidArgumentError, match="view"):
+        pickle_like_before(shared)
+    pickle_like_before([torch.zeros(3)])
+    with pytest.raises(InvalidArgumentError):
+        pickle_like_before([torch._efficientzerotensor(3)])
+
+
+def test_a_tensor_of_a_transform_is_refused_by_name():
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(InvalidArgumentError, match=r"\[0\]"):
+            pickle_like_before([tensor])
+        return tensor.sum()
+
+    torch.func.grad(save)(torch.ones(3))
+
+
 class Subclass(torch.Tensor):
     pass
 
@@ -314,7 +407,7 @@ def test_tensors_that_are_made_by_pickling_are_those_that_are_saved(anew):
 
 
 def test_the_last_few_are_kept_and_no_tensor_with_them(anew):
-    sizes = range(1, 6)
+    sizes = range(1, recent_pickles._NUM_KEPT + 3)
     for size in sizes:
         pickle_like_before([torch.ones(size)])
     assert len(recent_pickles._kept) == recent_pickles._NUM_KEPT
@@ -326,3 +419,13 @@ def test_the_last_few_are_kept_and_no_tensor_with_them(anew):
     del tensor
     gc.collect()
     assert gone() is None
+
+
+def test_no_more_is_kept_than_has_its_room(monkeypatch, anew):
+    states = [["text" * 100, size, torch.ones(size)] for size in range(1, 4)]
+    nbytes = max(len(pickle_state(state).data) for state in states)
+    monkeypatch.setattr(recent_pickles, "_MAX_BYTES", 2 * nbytes)
+    for state in (*states, *reversed(states)):
+        pickle_like_before(state)
+    assert len(recent_pickles._kept) == 2
+    assert len(anew) == 4
