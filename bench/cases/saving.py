@@ -26,9 +26,10 @@ SNAPSHOT = "torchsnapshot async_take + fsync"
 
 def measure(bench: Bench, tag: str) -> dict[str, float]:
     """One durable save, with a step of the trainer in between; then a look at it."""
-    contender, state = bench.contender, bench.next_state()
+    contender = bench.contender
     step_s = bench.settings.get("step_s", 0.0)
-    contender.begin_training(state)
+    contender.begin_training(bench.next_state())
+    state = bench.next_state()
     start = perf_counter()
     contender.open_tag(tag)
     create_s = perf_counter() - start

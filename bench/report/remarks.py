@@ -78,7 +78,7 @@ REMARKS: dict[str, Remark] = {
         tried=(
             "pickling without a call of `persistent_id` for each object (later plans 580 → "
             "217 ms for 10 000 tensors on a busy machine); using a recent save's pickle "
-            "again (244 → 125 ms)."
+            "again (244 → 125 ms), also where numbers in the state are others."
         ),
         remains=(
             "writing while the plan is still being made; summing many small tensors in "
@@ -87,7 +87,10 @@ REMARKS: dict[str, Remark] = {
     ),
     "stall in `save`": Remark(
         spent="walking the containers, and marking each tensor with its version and place.",
-        tried="containers are copied by their kind, tensors are only referred to.",
+        tried=(
+            "containers are copied by their kind, tensors are only referred to; a tensor in "
+            "a dict is noted without a call."
+        ),
         remains=(
             "the worst is a process's first, which a full run of the garbage collector "
             "can fall into; after a preflight it does not."
@@ -99,7 +102,10 @@ REMARKS: dict[str, Remark] = {
             "out the file and cutting it into chunks. A later one: asking each tensor what "
             "the pickle would say of it, and Python's wrappers of the storages."
         ),
-        tried="as for small tensors. The first plan takes a fifth longer since then.",
+        tried=(
+            "as for small tensors. The first plan takes a fifth longer since then, and "
+            "so does the second, which finds where the numbers are that change."
+        ),
         remains="five objects a record of a first plan are still counted by the collector.",
     ),
     "durable throughput under a GIL-bound trainer": Remark(
