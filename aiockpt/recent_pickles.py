@@ -182,14 +182,15 @@ def _told(tensors: Sequence[Any], storages: list[UntypedStorage]) -> list[object
             place = places.setdefault(storage.data_ptr(), index)
             storages.append(storage)
             told += (storage.nbytes(), tensor.get_device(), place)
-        dtype = tensor.dtype
+        dtype, shape = tensor.dtype, tensor.shape
         told += (
             index,
             dtypes.get(dtype) or dtypes.setdefault(dtype, str(dtype)),
-            tuple(tensor.shape),
-            tensor.stride(),
             tensor.storage_offset(),
             tensor.requires_grad,
+            len(shape),
+            *shape,
+            *tensor.stride(),
         )
     return told
 
@@ -218,17 +219,16 @@ class _Hashing:
 
 
 class _LikenessPickler(pickle.Pickler):
-    """Writes tensors as what they are, a plain one or a parameter, and notes them.
+    """Writes tensors and numbers as what they are, and notes them.
 
-    A tensor that is there twice is referred to the second time, as any other object.
-    Of numbers, only that they are there is written, and they are noted.
+    A tensor has the number by which it was met first. Of other numbers, only that they
+    are there is written.
 
     Attributes:
-        tensors: The tensors.
+        tensors: The plain tensors and parameters, each once.
         numbers: The numbers, each as often as it is met.
         are_own: For each text that is equal to one that pickling adds, whether it is
             that object.
-        is_steady: Whether the true pickle has the same numbers in the same order.
     """
 
     def __init__(self, file: _Hashing) -> None:
@@ -238,49 +238,50 @@ class _LikenessPickler(pickle.Pickler):
         self.tensors: list[Any] = []
         self.numbers: list[Number] = []
         self.are_own: list[bool] = []
-        self._other_types: set[type] = set()
-        self.dispatch_table = _Reducers(self.tensors, self._other_types)
+        self._indices: dict[int, int] = {}
+        self.dispatch_table = self._reducers = _Reducers()
 
     @property
     def is_steady(self) -> bool:
-        return self._other_types <= _STEADY_TYPES
+        """Whether the true pickle has the same numbers in the same order."""
+        return self._reducers.kinds <= _STEADY_TYPES
 
     @override
     def persistent_id(self, obj: Any) -> int | None:
-        if type(obj) is str:
+        kind: type = type(obj)
+        if kind is str:
             own = _OWN_TEXTS.get(obj)
             if own is not None:
                 self.are_own.append(own is obj)
-        elif is_number(obj):
-            if len(self.numbers) == _MAX_NUMBERS:
-                raise _UnlikeError
-            self.numbers.append(number(obj))
-            return 0
-        return None
+            return None
+        if kind is Tensor or kind is Parameter:
+            index = self._indices.setdefault(id(obj), len(self.tensors))
+            if index == len(self.tensors):
+                self.tensors.append(obj)
+            return 2 * index + (kind is Parameter)
+        if not is_number(obj, kind):
+            return None
+        if len(self.numbers) == _MAX_NUMBERS:
+            raise _UnlikeError
+        self.numbers.append(number(obj))
+        return -1
 
 
 class _Reducers(dict[type, Callable[[Any], Any]]):
-    """As those of pickling; but whatever has a storage is noted, or refused."""
+    """As those of pickling, for what is left; but other storages are refused.
 
-    def __init__(self, tensors: list[Any], other_types: set[type]) -> None:
-        """What has a class that pickle does not know is noted in `other_types`."""
+    Attributes:
+        kinds: Classes of the objects that were met, and that pickle does not know.
+    """
 
-        def note(tensor: Any) -> tuple[Any, ...]:
-            tensors.append(tensor)
-            return _a_tensor, ()
-
-        def note_parameter(parameter: Any) -> tuple[Any, ...]:
-            tensors.append(parameter)
-            return _a_parameter, ()
-
-        super().__init__({Tensor: note, Parameter: note_parameter})
-        self._other_types = other_types
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: set[type] = set()
 
     def __missing__(self, kind: type) -> Callable[[Any], Any]:
-        if issubclass(kind, Tensor | TypedStorage | UntypedStorage):
-            raise _UnlikeError
-        self._other_types.add(kind)
-        if not _is_told_whole(kind):
+        self.kinds.add(kind)
+        is_refused = issubclass(kind, Tensor | TypedStorage | UntypedStorage)
+        if is_refused or not _is_told_whole(kind):
             raise _UnlikeError
         return copyreg.dispatch_table[kind]
 
@@ -292,11 +293,3 @@ def _is_told_whole(kind: type) -> bool:
         or cast("Any", kind).__reduce_ex__ is object.__reduce_ex__
         or kind.__module__ == "numpy"
     )
-
-
-def _a_tensor() -> None:
-    """Stands for one; never called."""
-
-
-def _a_parameter() -> None:
-    """Stands for one; never called."""
