@@ -102,7 +102,7 @@ _kept: dict[bytes, _Recent] = {}
 
 
 def pickle_like_before(tree: object) -> Pickled:
-    """As `pickle_state`; in a fraction of the time where it has been done before."""
+    """As `pickle_state`, and its errors; it is called where no recent pickle serves."""
     likeness = _likeness_of(tree)
     if likeness is None:
         return pickle_state(tree)

@@ -3,6 +3,7 @@
 __all__ = ["PICKLE_RECORD", "TorchFile", "storage_record"]
 
 from collections.abc import Generator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Final
@@ -16,6 +17,7 @@ from aiockpt.formats.zip_directory import (
 )
 from aiockpt.formats.zip_end import TAIL_BYTES, DirectorySpan, find_directory
 from aiockpt.loading.reading import Region, checksum_mismatch, named, read_bytes
+from aiockpt.loading.selecting import tensors_by_key
 from aiockpt.outline import TensorOutline, leaves, outline, storage_keys
 from aiockpt.storage.base import ReadFile
 
@@ -144,6 +146,11 @@ class TorchFile:
         """What the pickle describes; errors also as those of `outline`."""
         with named(self.file):
             return outline(self.pickle)
+
+    @cached_property
+    def tensors(self) -> tuple[Mapping[str, object], AbstractSet[str]]:
+        """The tensors in it by key path, and the key paths that two of them have."""
+        return tensors_by_key(self.root)
 
     def mismatch(self, region: Region) -> CorruptCheckpointError:
         """The error for a record without its checksum; names the tensor if it can."""

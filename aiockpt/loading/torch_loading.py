@@ -37,7 +37,6 @@ from aiockpt.loading.selecting import (
     is_plain,
     only,
     select,
-    tensors_by_key,
 )
 from aiockpt.loading.storages import StorageLoader
 from aiockpt.loading.torch_file import TorchFile, storage_record
@@ -246,9 +245,9 @@ class TorchLoading:
 
     def _tensors(self, keys: Sequence[str] | None) -> dict[str, object]:
         """The tensors meant, by key path."""
-        nodes, clashes = tensors_by_key(self.records.root)
+        nodes, clashes = self.records.tensors
         path = self.records.file.path
-        chosen = nodes if keys is None else select(path, keys, nodes)
+        chosen = dict(nodes) if keys is None else select(path, keys, nodes)
         for key in clashes & chosen.keys():
             text = f"{path}: two tensors have the key path {key!r}"
             raise InvalidArgumentError(text)

@@ -5,6 +5,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 import aiockpt
 import states
 from aiockpt import sync
+from aiockpt.loading import selecting
+from aiockpt.outline import Leaf, leaves
 from equality import assert_same_state
 from gates import happened
 
@@ -118,6 +121,22 @@ def test_every_kind_of_tensor_is_read_alone_as_in_a_full_load(name, tmp_path):
     with sync.open(path) as file:
         for key in file.keys:
             assert_same_state(sync.load(path, keys=[key]), file.load([key]))
+
+
+def test_the_tensors_of_a_file_are_looked_for_once(tmp_path, monkeypatch):
+    path = tmp_path / "file.pt"
+    torch.save(STATE, path)
+    looks: list[object] = []
+
+    def look(root: object) -> Iterator[Leaf]:
+        looks.append(root)
+        return leaves(root)
+
+    monkeypatch.setattr(selecting, "leaves", look)
+    with sync.open(path) as file:
+        for key in file.keys:
+            file.tensor(key)
+    assert len(looks) == 1
 
 
 async def test_a_corrupt_tensor_is_refused_and_the_others_are_read(tmp_path):
