@@ -23,12 +23,19 @@ from concurrent.futures import Executor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from aiockpt.errors import CorruptCheckpointError, InvalidArgumentError
 from aiockpt.loading.bulk import BulkRead
 from aiockpt.loading.container import Container, container_of
-from aiockpt.loading.inspecting import FileInfo, RecordInfo, TensorInfo, inspect_file
+from aiockpt.loading.inspecting import (
+    FileInfo,
+    RecordInfo,
+    TensorInfo,
+    inspect_file,
+    inspect_safetensors,
+    inspect_torch,
+)
 from aiockpt.loading.lazy import LazyFile
 from aiockpt.loading.placing import MapLocation, Placement, resolved
 from aiockpt.loading.plain_loading import is_as_written, load_plain
@@ -200,7 +207,7 @@ def _load(
     placement = Placement(options.map_location)
     file, crc32 = open_file()
     with closing(file), named(file):
-        loading = _loading(file, placement, options)(reader)
+        loading = _begin(file, placement, options).loading(reader)
         state, found = _state(loading, options)
         if found not in (None, crc32) and crc32 is not None:
             del state  # The error's traceback would keep it.
@@ -229,31 +236,46 @@ def _state(
     return loading.load()
 
 
-def _loading(
-    file: ReadFile, placement: Placement, options: LoadOptions
-) -> Callable[[Reader], TorchLoading | SafetensorsLoading]:
-    """How a reader loads from the file; its directory or header has been read."""
+class _Begun(NamedTuple):
+    """A file whose directory or header has been read.
+
+    Attributes:
+        loading: How a reader loads from it.
+        inspect: Tells what is in it.
+    """
+
+    loading: Callable[[Reader], TorchLoading | SafetensorsLoading]
+    inspect: Callable[[], FileInfo]
+
+
+def _begin(file: ReadFile, placement: Placement, options: LoadOptions) -> _Begun:
     if container_of(file) is Container.SAFETENSORS:
-        return partial(
+        header = read_header(file)
+        loading = partial(
             SafetensorsLoading,
             file,
-            read_header(file),
+            header,
             placement,
             is_mapped=options.mmap,
             is_whole=options.verify,
         )
+        return _Begun(loading, partial(inspect_safetensors, file, header))
     unpickling = Unpickling(
         file.path,
         weights_only=options.weights_only,
         map_location=options.map_location,
     )
-    return partial(
-        TorchLoading,
-        TorchFile(file, verify=options.verify),
-        placement,
-        unpickling,
-        is_mapped=options.mmap,
-        is_whole=options.verify,
+    records = TorchFile(file, verify=options.verify)
+    return _Begun(
+        partial(
+            TorchLoading,
+            records,
+            placement,
+            unpickling,
+            is_mapped=options.mmap,
+            is_whole=options.verify,
+        ),
+        partial(inspect_torch, records),
     )
 
 
@@ -266,8 +288,9 @@ def open_lazily(
     with ExitStack() as stack:
         stack.callback(file.close)
         with named(file):
-            loading = _loading(file, placement, options)
-            lazy = LazyFile(file, placement, loading, reader)
+            begun = _begin(file, placement, options)
+            info = begun.inspect()
+            lazy = LazyFile(file, placement, begun.loading, info, reader)
         stack.pop_all()
         return lazy
 

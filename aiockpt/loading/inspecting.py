@@ -1,12 +1,20 @@
 """What is in a file, told without running anything of it or reading a tensor."""
 
-__all__ = ["FileInfo", "RecordInfo", "TensorInfo", "inspect_file"]
+__all__ = [
+    "FileInfo",
+    "RecordInfo",
+    "TensorInfo",
+    "inspect_file",
+    "inspect_safetensors",
+    "inspect_torch",
+]
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from aiockpt.formats.safetensors import Header
 from aiockpt.loading.container import Container, container_of
 from aiockpt.loading.reading import named
 from aiockpt.loading.safetensors_loading import read_header
@@ -87,12 +95,12 @@ def inspect_file(file: ReadFile) -> FileInfo:
     """
     with named(file):
         if container_of(file) is Container.SAFETENSORS:
-            return _inspect_safetensors(file)
-        return _inspect_torch(file)
+            return inspect_safetensors(file, read_header(file))
+        return inspect_torch(TorchFile(file))
 
 
-def _inspect_torch(file: ReadFile) -> FileInfo:
-    records = TorchFile(file)
+def inspect_torch(records: TorchFile) -> FileInfo:
+    """What is in a torch file; errors as those of `inspect_file`."""
     tensors: list[TensorInfo] = []
     first: dict[str, str] = {}
     num_objects = 0
@@ -107,7 +115,7 @@ def _inspect_torch(file: ReadFile) -> FileInfo:
             tensors.append(TensorInfo(key, *sizes, record, shared_with))
     return FileInfo(
         container=Container.TORCH,
-        nbytes=file.nbytes,
+        nbytes=records.file.nbytes,
         tensors=tuple(tensors),
         records=tuple(_record_infos(records)),
         num_objects=num_objects,
@@ -135,8 +143,8 @@ def _record_infos(records: TorchFile) -> Iterator[RecordInfo]:
         yield RecordInfo(name, records.region(name).offset, entry.nbytes, crc32)
 
 
-def _inspect_safetensors(file: ReadFile) -> FileInfo:
-    header = read_header(file)
+def inspect_safetensors(file: ReadFile, header: Header) -> FileInfo:
+    """What is in a safetensors file with this header."""
     entries = header.entries.values()
     return FileInfo(
         container=Container.SAFETENSORS,

@@ -10,7 +10,7 @@ import torch
 
 from aiockpt.errors import InvalidArgumentError
 from aiockpt.loading.bulk import Reads
-from aiockpt.loading.inspecting import inspect_file
+from aiockpt.loading.inspecting import FileInfo
 from aiockpt.loading.placing import Placement
 from aiockpt.loading.reader import Reader
 from aiockpt.loading.reading import (
@@ -57,20 +57,22 @@ class LazyFile:
         file: ReadFile,
         placement: Placement,
         loading: Callable[[Reader], Loading],
+        info: FileInfo,
         reader: Reader,
     ) -> None:
-        """Reads what the file says of itself; errors as those of `inspect_file`.
+        """Finds the tensors in it; errors as those of `inspect_file`.
 
         Args:
             file: Becomes this object's, unless it raises.
             placement: Where tensors go.
             loading: How a reader loads from the file.
+            info: What is in the file.
             reader: What this call reads with.
         """
         self._file = file
         self._placement = placement
         self._loading = loading
-        self.info = inspect_file(file)
+        self.info = info
         self.keys = tuple(loading(reader).keys())
 
     def load(self, keys: Sequence[str], reader: Reader) -> dict[str, torch.Tensor]:
