@@ -230,6 +230,7 @@ def compare(
                 make = mkfs(kind, Cases(is_long=True))
                 base = new_image(work / f"{kind}.base", make, IMAGE_MIB)
                 lost = lose_unflushed(Recorder(base, work, writers), name, num_saves)
+                base.unlink()
                 about = {"unflushed": kind, "contender": name, "saves": num_saves}
                 yield {**about, **dataclasses.asdict(lost)}
 

@@ -66,13 +66,17 @@ class Sweep:
     def errors(self, numbers: Callable[[int], int], *, num_times: float) -> int:
         """An errno at every call, once or more often; `numbers` has that of each."""
         is_once = num_times == 1
+        number = 0
 
         def fault(index: int) -> Fault:
-            return Fault((), Fail(numbers(index)), nth=index, num_times=num_times)
+            # Threads may pass each other: that of the call's own index is another.
+            nonlocal number
+            number = numbers(index)
+            return Fault((), Fail(number), nth=index, num_times=num_times)
 
         def check(root: Path, outcome: Outcome, injection: Injection) -> None:
             spoiled = injection.spoiled[0]
-            assert_errors_name(outcome, numbers(spoiled.index), root)
+            assert_errors_name(outcome, number, root)
             is_deletion = "delete" in self.name or self.name == "recover"
             if is_once and spoiled.name not in CLEANING and self.name != "recover":
                 # Lock files are empty, and the next engine's to remove.
