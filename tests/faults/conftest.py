@@ -41,7 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--faults-report", default=None)
-    if path is not None:
+    is_shared = config.getoption("numprocesses", default=None)
+    if path is not None and not is_shared:
         config.pluginmanager.register(Report(cases_of(config), path))
 
 

@@ -104,26 +104,34 @@ class Cases:
 class Report:
     """Adds counts to a file of JSON lines after each test, and the tests that failed.
 
-    So what was run stands there, whatever ends the rest.
+    So what was run stands there, whatever ends the rest. Of several processes that share
+    the tests each adds its own.
     """
 
     def __init__(self, cases: Cases, path: Path) -> None:
         self._cases = cases
         self._path = path
         self._told: Counter[tuple[object, object, str]] = Counter()
+        self._failed = ""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Adds a test that failed, whether or not it was within a case."""
+        """Notes a test that failed, whether or not it was within a case."""
         if report.failed:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"failed": report.nodeid}) + "\n")
+            self._failed = report.nodeid
 
     def pytest_runtest_logfinish(self) -> None:
-        """Adds what was counted since the test before."""
+        """Adds what was counted since the test before, and this one if it failed."""
+        lines: list[dict[str, Any]] = [
+            line
+            for line in self._cases.lines()
+            if any([self._take(line, "cases"), self._take(line, "survived")])
+        ]
+        if self._failed:
+            topics = [[line["row"], line["fault"]] for line in lines]
+            lines.append({"failed": self._failed, "topics": topics})
+            self._failed = ""
         with self._path.open("a", encoding="utf-8") as file:
-            for line in self._cases.lines():
-                if any([self._take(line, "cases"), self._take(line, "survived")]):
-                    file.write(json.dumps(line) + "\n")
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def _take(self, line: dict[str, Any], count: str) -> int:
         key = line["row"], line["fault"], count

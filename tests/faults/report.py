@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -128,12 +129,20 @@ def _topic(record: Record) -> Topic:
     return tuple(kind for kind in COMPARISONS if kind in record)
 
 
+def _is_replaced(record: Record, later: AbstractSet[Topic]) -> bool:
+    """Whether later files have results on all that it is about."""
+    if "failed" not in record:
+        return _topic(record) in later
+    topics = {tuple(topic) for topic in record["topics"]}
+    return bool(topics) and topics <= later
+
+
 def newest(sources: Sequence[Source]) -> list[Source]:
     """Those that have results on what no later one has, and these results."""
     left: list[Source] = []
     later: set[Topic] = set()
     for source in reversed(sources):
-        kept = [each for each in source.records if _topic(each) not in later]
+        kept = [each for each in source.records if not _is_replaced(each, later)]
         # Of what was replaced, failures do not matter any more; of the last, they do.
         if any(map(_topic, kept)) or not left:
             left.insert(0, replace(source, records=kept))

@@ -55,7 +55,9 @@ def test_a_case_that_was_not_survived_is_told():
     assert "not survived" in found
 
 
-@pytest.mark.parametrize("record", [{"failed": "a test"}, {**WHOLE[0], "cases": 0}])
+@pytest.mark.parametrize(
+    "record", [{"failed": "a test", "topics": []}, {**WHOLE[0], "cases": 0}]
+)
 def test_a_test_that_failed_or_tried_nothing_is_told(record):
     assert list(problems([*WHOLE, record]))
 
@@ -115,12 +117,22 @@ def test_a_fault_is_that_of_the_last_part_that_has_it(written):
 
 
 def test_results_that_were_replaced_are_not_named(written):
-    text, error = written([*WHOLE, {"failed": "a test"}], WHOLE)
+    text, error = written([*WHOLE, {"failed": "a test", "topics": []}], WHOLE)
     assert error == ""
     assert "faults_9cores_0_known.jsonl" not in text
 
 
-FAILED = {"failed": "a test"}
+def test_a_failure_stands_until_all_that_it_was_about_was_run_again(written):
+    topics = [[each["row"], each["fault"]] for each in WHOLE[:2]]
+    first = [*WHOLE, {"failed": "a test", "topics": topics}]
+    text, error = written(first, WHOLE[:1])
+    assert "a test" in text
+    assert "a test" in error
+    text, error = written(first, WHOLE[:2])
+    assert "a test" not in text + error
+
+
+FAILED = {"failed": "a test", "topics": []}
 PARTS = {
     "of which some stands": [[*WHOLE, FAILED], WHOLE[:1]],
     "that has nothing else": [WHOLE, [FAILED]],
