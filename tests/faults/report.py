@@ -1,6 +1,7 @@
 """The results of the fault matrix, from their first line to the page of the docs.
 
     python tests/faults/report.py begin                  prints the new file
+    python tests/faults/report.py note FILE "TEXT"       what has to be known of it
     python tests/faults/report.py write docs/faults.md
 
 `begin` makes a file of results, named by machine, time and commit, whose first line is
@@ -95,6 +96,12 @@ def begin() -> Path:
     return path
 
 
+def note(path: Path, text: str) -> None:
+    """Adds to results what has to be known of them: what was left out, say."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"note": text}) + "\n")
+
+
 @dataclass(frozen=True)
 class Source:
     """One file of results.
@@ -116,6 +123,11 @@ class Source:
         first, *records = [json.loads(line) for line in lines]
         name = str(path.resolve().relative_to(REPOSITORY))
         return cls(name, first["machine"], records)
+
+    @property
+    def notes(self) -> list[str]:
+        """What has to be known of it."""
+        return [record["note"] for record in self.records if "note" in record]
 
     def topics(self) -> set[Topic]:
         """What it has results on."""
@@ -255,7 +267,8 @@ def _listed(source: Source) -> str:
     what = [f"rows {', '.join(map(str, rows))}"] if rows else []
     if {(kind,) for kind in COMPARISONS} & source.topics():
         what.append("peers")
-    return _SOURCE.format(name=source.name, what=" and ".join(what), **source.about)
+    line = _SOURCE.format(name=source.name, what=" and ".join(what), **source.about)
+    return line + "".join(f"    - {note}\n" for note in source.notes)
 
 
 def page(sources: Sequence[Source]) -> str:
@@ -332,6 +345,10 @@ def main() -> None:
     commands.add_parser("begin").set_defaults(
         run=lambda _: sys.stdout.write(f"{begin()}\n")
     )
+    noting = commands.add_parser("note")
+    noting.add_argument("results", type=Path)
+    noting.add_argument("text")
+    noting.set_defaults(run=lambda given: note(given.results, given.text))
     writing = commands.add_parser("write")
     writing.add_argument("target", type=Path)
     writing.set_defaults(run=lambda given: write(given.target))

@@ -116,6 +116,12 @@ def test_a_fault_is_that_of_the_last_part_that_has_it(written):
     assert f"faults_8cores_1_known.jsonl; rows {first['row']}.\n" in text
 
 
+def test_what_has_to_be_known_of_results_stands_below_them(written):
+    text, error = written([*WHOLE, {"note": "half of it"}], WHOLE[:1])
+    assert error == ""
+    assert " and peers.\n    - half of it\n" in text
+
+
 def test_results_that_were_replaced_are_not_named(written):
     text, error = written([*WHOLE, {"failed": "a test", "topics": []}], WHOLE)
     assert error == ""
