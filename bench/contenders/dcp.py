@@ -146,10 +146,11 @@ class _Uploading(Saving):
 
 
 def _empty(like: Mapping[str, Any]) -> dict[str, Any]:
-    """As many tensors of the same shapes, in the same structure."""
-    return {
-        key: torch.empty_like(value)
-        if isinstance(value, torch.Tensor)
-        else _empty(value)
-        for key, value in like.items()
-    }
+    """As many tensors of the same shapes, and the other values, in the same structure."""
+    return {key: _emptied(value) for key, value in like.items()}
+
+
+def _emptied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _empty(value)
+    return torch.empty_like(value) if isinstance(value, torch.Tensor) else value
