@@ -178,6 +178,7 @@ class Walk:
         """Replaces keys and values by their copies, in place and in order."""
         shared = self._shared_types
         plain_tensors = self.plain_tensors
+        copies = self._copies
         are_keys_shared = True
         key: object = None
         try:
@@ -188,6 +189,9 @@ class Walk:
                 # As `copy` does; here, nearly all tensors are spared the call.
                 if kind is Tensor or kind is Parameter:
                     plain_tensors[id(value)] = value
+                elif kind is dict:
+                    known = copies.get(id(value))
+                    pairs[key] = self.copy_dict(value) if known is None else known
                 elif kind not in shared:
                     pairs[key] = self.copy(value)
         except RefusedError as refused:
