@@ -17,8 +17,8 @@ from time import perf_counter
 from bench.cases import CASES
 from bench.contenders import CONTENDERS
 from bench.measuring import file_system, machine, results_file
-from bench.ranks import agreements
 from bench.running import Run
+from bench.scratch import swept
 from bench.workloads import Scale
 
 # No contenders: only aiockpt's ranks agree in this way.
@@ -54,6 +54,8 @@ def main() -> int:
     names = arguments.cases or known
     if unknown := set(names) - set(known):
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    for path in swept(arguments.dir):
+        print(f"left by another run, removed: {path}", file=sys.stderr)
     about = machine(*_PACKAGES) | {"file_system": file_system(arguments.dir)}
     out = arguments.out
     if out is None and arguments.scale is Scale.FULL:
@@ -64,13 +66,12 @@ def main() -> int:
         for name in names:
             start = perf_counter()
             if name == _RANKS:
-                for line in agreements(arguments.scale, arguments.dir):
-                    run.tell(case=_RANKS, **line)
+                run.ranks()
             else:
                 run.case(CASES[name])
             print(f"{name}: {perf_counter() - start:.0f} s", file=sys.stderr)
     for failure in run.failures:
-        print(failure, file=sys.stderr)
+        print(f"not measured: {failure}", file=sys.stderr)
     return 1 if run.failures else 0
 
 

@@ -17,7 +17,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter, process_time
@@ -32,6 +31,7 @@ from aiockpt.ranks.link import HubConnection, LocalLink, dial
 from aiockpt.ranks.member import Door, Link, Member
 from aiockpt.ranks.messages import Hello
 from aiockpt.ranks.server import HubServer
+from bench.scratch import scratch
 from bench.workloads import KIB, Scale
 
 _NUM_CALLS = 50
@@ -157,9 +157,15 @@ async def _be_hub(world_size: int) -> None:
         0, world_size, _KnownDoor(server.port, server), timeout_s=_TIMEOUT_S
     )
     _tell("simulated", world_size, await _agree(member))
-    for helper in helpers:
-        await helper.wait()
+    statuses = [await helper.wait() for helper in helpers]
     await member.close()
+    _end_well(statuses)
+
+
+def _end_well(statuses: Sequence[int]) -> None:
+    """Returns if all processes of a job have ended well."""
+    if any(statuses):
+        sys.exit(f"lost ranks: exit statuses {statuses}")
 
 
 def _start_real(world_size: int, *root: str) -> None:
@@ -178,8 +184,7 @@ def _start_real(world_size: int, *root: str) -> None:
         )
         for rank in range(world_size)
     ]
-    for job in jobs:
-        job.wait()
+    _end_well([job.wait() for job in jobs])
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -210,18 +215,31 @@ def _tell_all(arguments: Sequence[str]) -> None:
         elif asked.kind == "processes":
             _start_real(world_size)
         else:
-            with tempfile.TemporaryDirectory(dir=asked.dir) as root:
-                _start_real(world_size, root)
+            with scratch(asked.dir) as root:
+                _start_real(world_size, f"{root}")
+
+
+def world_sizes(scale: Scale) -> dict[str, Sequence[int]]:
+    """How many ranks there are, by what is measured."""
+    real, simulated = _WORLD_SIZES[scale]
+    return {"processes": real, "simulated": simulated, "commits": (1, *real)}
 
 
 def agreements(scale: Scale, directory: Path) -> Iterator[dict[str, float | str]]:
-    """What this program tells, run as one, at a scale."""
-    real, simulated = _WORLD_SIZES[scale]
-    kinds = {"processes": real, "simulated": simulated, "commits": (1, *real)}
-    for kind, numbers in kinds.items():
+    """What this program tells, run as one, at a scale.
+
+    Raises:
+        RuntimeError: Ranks were lost; told when everything else has been.
+    """
+    lost = []
+    for kind, numbers in world_sizes(scale).items():
         command = [*_SELF, kind, *map(str, numbers), "--dir", f"{directory}"]
-        told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         yield from map(json.loads, told.stdout.splitlines())
+        if told.returncode:
+            lost.append(f"{kind}: exit status {told.returncode}")
+    if lost:
+        raise RuntimeError("; ".join(lost))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ __all__ = ["Run"]
 import json
 import os
 import random
-import tempfile
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,8 +13,13 @@ from typing import Any, TextIO
 
 from bench.cases.base import Case, Cell
 from bench.contenders import CONTENDERS
-from bench.sessions import ContenderError, Session, Task
+from bench.ranks import agreements
+from bench.scratch import SHARED_MEMORY, room_for, scratch
+from bench.sessions import ContenderError, Measure, Session, Task
 from bench.workloads import SEED, Scale, shared
+
+_LOG_LINES = 20
+_LOG_BYTES = 8192
 
 
 @dataclass
@@ -26,7 +31,7 @@ class Run:
         directory: Where files are written; its disk is what is measured.
         lines: Where results go, one JSON object a line.
         contenders: Only these; empty for all.
-        failures: What a contender that is installed could not do.
+        failures: What was to be measured and was not.
     """
 
     scale: Scale
@@ -36,18 +41,48 @@ class Run:
     failures: list[str] = field(default_factory=list)
 
     def case(self, case: Case) -> None:
-        """Measures all cells of a case."""
+        """Measures all cells of a case; one that fails does not keep the others."""
         for cell in case.cells(self.scale):
-            with (
-                tempfile.TemporaryDirectory(prefix="bench-", dir=self.directory) as at,
-                shared(cell.workload) as memory,
-            ):
-                turns = _Turns(self, case, cell, Path(at).resolve(), memory)
-                turns.take()
+            try:
+                self._cell(case, cell)
+            except Exception as error:  # noqa: BLE001 - hours of measurements go on
+                self.fail(error, case=case.name, cell=cell.name)
+
+    def _cell(self, case: Case, cell: Cell) -> None:
+        room_for(_disk_bytes(case, cell), self.directory)
+        room_for(cell.workload.memory_bytes, SHARED_MEMORY)
+        with scratch(self.directory) as at, shared(cell.workload) as memory:
+            _Turns(self, case, cell, at, memory).take()
+
+    def ranks(self) -> None:
+        """Measures how long ranks take to agree."""
+        try:
+            for line in agreements(self.scale, self.directory):
+                self.tell(case="ranks", **line)
+        except Exception as error:  # noqa: BLE001 - as above
+            self.fail(error, case="ranks")
+
+    def fail(self, error: Exception, **about: Any) -> None:
+        """Tells of what could not be measured, as a line among the results."""
+        failed = str(error)
+        if not isinstance(error, ContenderError):
+            failed = f"{type(error).__name__}: {failed}"
+        self.tell(**about, failed=failed)
+        where = [about[key] for key in ("case", "cell", "contender") if key in about]
+        self.failures.append(f"{': '.join(where)}: {failed}")
+        print(self.failures[-1], file=sys.stderr, flush=True)
 
     def tell(self, **line: Any) -> None:
         """Writes one line."""
         print(json.dumps(line, default=str), file=self.lines, flush=True)
+
+
+def _disk_bytes(case: Case, cell: Cell) -> int:
+    """What lies on the disk at a time: all that is read, or the save of one."""
+    num_saves = 1
+    if case.prepare is not None:
+        num_saves = len({CONTENDERS[name].reads() for name in cell.contenders})
+    return num_saves * cell.workload.nbytes
 
 
 class _Turns:
@@ -103,16 +138,27 @@ class _Turns:
 
     def _is_ready(self, name: str) -> bool:
         """Whether a contender could be made ready, and its files made."""
-        (self._directory / name).mkdir()
         try:
             if self._case.prepare is not None:
-                self._once(name, "prepare", self._case.prepare)
+                self._prepare(CONTENDERS[name].reads(), self._case.prepare)
             else:
+                self._place(name).mkdir()
                 self._sessions[name] = Session(self._task(name, self._case.measure))
         except ContenderError as error:
             self._give_up(name, error)
             return False
         return True
+
+    def _prepare(self, writer: str, prepare: Measure) -> None:
+        """Makes the files that all who read such files will share."""
+        if not self._place(writer).exists():
+            self._place(writer).mkdir()
+            self._once(writer, "prepare", prepare)
+
+    def _place(self, name: str) -> Path:
+        """The directory of a contender: with files to read, or for its own."""
+        is_reading = self._case.prepare is not None
+        return self._directory / (CONTENDERS[name].reads() if is_reading else name)
 
     def _measure(self, name: str, number: int, *, is_warm_up: bool) -> bool:
         """Whether a contender was measured once."""
@@ -136,7 +182,7 @@ class _Turns:
         )
         return True
 
-    def _once(self, name: str, tag: str, measure: Any) -> dict[str, float]:
+    def _once(self, name: str, tag: str, measure: Measure) -> dict[str, float]:
         session = Session(self._task(name, measure))
         try:
             return session.ask(tag)
@@ -150,7 +196,7 @@ class _Turns:
             measure,
             cell.workload,
             self._memory,
-            self._directory / name,
+            self._place(name),
             cell.options,
             cell.settings,
         )
@@ -159,5 +205,13 @@ class _Turns:
         session = self._sessions.pop(name, None)
         if session is not None:
             session.close()
-        self._run.tell(**self._about, contender=name, does_not_run=str(error))
-        self._run.failures.append(f"{self._case.name}: {name}: {error}")
+        log = _last_lines(self._place(name) / "log")
+        self._run.fail(error, **self._about, contender=name, log=log)
+
+
+def _last_lines(log: Path) -> list[str]:
+    """The end of what a contender has printed: its directory goes with the cell."""
+    if not log.exists():
+        return []
+    text = log.read_bytes()[-_LOG_BYTES:].decode(errors="replace")
+    return text.splitlines()[-_LOG_LINES:]

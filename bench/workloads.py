@@ -9,18 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
+
+from bench.scratch import shared_file
 
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 SEED = 20
 
-# In memory, and yet a file, so that processes can share it.
-_SHARED = Path("/dev/shm")  # noqa: S108 - nothing is written there but through a handle
 _ALIGNMENT = 64
 
 
@@ -125,14 +124,14 @@ def shared(workload: Workload) -> Iterator[Path]:
 
     All contenders save the same memory, so that a state of many GiB is there once.
     """
-    with NamedTemporaryFile(dir=_SHARED, prefix="aiockpt-bench-") as file:
-        file.truncate(workload.memory_bytes)
-        memory = mmap.mmap(file.fileno(), workload.memory_bytes)
+    with shared_file(workload.memory_bytes) as path:
+        with path.open("r+b") as file:
+            memory = mmap.mmap(file.fileno(), workload.memory_bytes)
         generator = torch.Generator().manual_seed(SEED)
         whole = torch.frombuffer(memory, dtype=torch.float32)
         for piece in whole.split(16 * MIB):
             piece.uniform_(generator=generator)
-        yield Path(file.name)
+        yield path
 
 
 def mapped(path: Path) -> mmap.mmap:

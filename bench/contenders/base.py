@@ -79,6 +79,7 @@ class Contender(ABC):
         modules: What it imports before memory and time are counted.
         is_lazy: Whether what `load` returns is read by page faults, later.
         is_reference: Whether it is a limit of the machine, not a way to save.
+        writer: Whose files it can load, where they are another's.
     """
 
     name: ClassVar[str]
@@ -87,6 +88,7 @@ class Contender(ABC):
     modules: ClassVar[tuple[str, ...]] = ()
     is_lazy: ClassVar[bool] = False
     is_reference: ClassVar[bool] = False
+    writer: ClassVar[str | None] = None
 
     directory: Path
 
@@ -96,6 +98,11 @@ class Contender(ABC):
         if find_spec(cls.package) is None:
             return f"{cls.package} is not installed"
         return None
+
+    @classmethod
+    def reads(cls) -> str:
+        """The name of the contender whose files it loads."""
+        return cls.writer or cls.name
 
     def setup(self, directory: Path, options: Options) -> None:
         """Makes it ready, once a process."""

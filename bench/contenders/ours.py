@@ -129,6 +129,7 @@ class Unverified(OurEngine):
     """Loads without checksums."""
 
     name = "aiockpt, unverified"
+    writer = OurEngine.name
     is_verifying = False
 
 

@@ -136,6 +136,7 @@ class Fresh(Writing):
     """The same, but loads go to memory that the system has yet to give."""
 
     name = "raw O_DIRECT, fresh memory"
+    writer = Writing.name
     is_touched = False
 
 

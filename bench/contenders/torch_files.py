@@ -82,6 +82,7 @@ class Mmapped(Synced):
     """Loads by mapping the file."""
 
     name = "torch.save + fsync, mmap"
+    writer = Synced.name
     is_mapped = True
     is_lazy = True
 
