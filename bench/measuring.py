@@ -274,8 +274,15 @@ class Memory:
         self.mark()
 
     def mark(self) -> None:
-        """Sets the high-water mark back to what is resident now."""
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        """Sets the high-water marks back to what is resident now.
+
+        Those of the processes that this one has started are set back, too.
+        """
+        for process in ("self", *_children()):
+            # Processes end while they are looked at.
+            with suppress(FileNotFoundError, ProcessLookupError):
+                path = Path("/proc") / process / "clear_refs"
+                path.write_text("5", encoding="ascii")
 
     def extra_bytes(self) -> int:
         """How far the mark has been above what was resident at the beginning."""
@@ -283,14 +290,31 @@ class Memory:
 
 
 def children_bytes() -> int:
-    """Private resident bytes of the processes that this one has started."""
+    """The most of their own that the processes which this one has started had resident.
+
+    Since their marks were set back, each for itself; what they share with others, files
+    and shared memory, is not counted.
+    """
     total = 0
-    for task in Path("/proc/self/task").iterdir():
-        # Threads and processes end while they are counted.
+    for child in _children():
+        # Processes end while they are counted.
         with suppress(FileNotFoundError, ProcessLookupError, LookupError):
-            for child in (task / "children").read_text(encoding="ascii").split():
-                total += 1024 * _field("status", "RssAnon", process=child)
+            most, *theirs = (
+                _field("status", name, process=child)
+                for name in ("VmHWM", "RssFile", "RssShmem")
+            )
+            total += 1024 * max(0, most - sum(theirs))
     return total
+
+
+def _children() -> list[str]:
+    """The processes that this one has started and that run."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        # A thread may have ended since.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found += (task / "children").read_text(encoding="ascii").split()
+    return found
 
 
 def _field(file: str, name: str, process: str = "self") -> int:

@@ -44,6 +44,7 @@ class _Heart:
 
 
 def _measure(bench: Bench, tag: str) -> dict[str, float]:
+    bench.alter()
     told = asyncio.run(_beating(bench, tag))
     bench.check(bench.contender.load(tag, bench.state))
     bench.contender.delete(tag)
@@ -92,7 +93,7 @@ def _cells(scale: Scale) -> Sequence[Cell]:
         Cell(
             "4 GiB",
             workload,
-            (OURS, PREPARED),
+            (OURS, PREPARED, DCP_THREAD),
             scale.repeats(5),
             settings=settings(8.0),
         ),

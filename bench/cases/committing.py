@@ -3,7 +3,7 @@
 __all__ = ["CASES"]
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.cases.base import Case, Cell
-from bench.cases.saving import OURS, RAW, TORCH
+from bench.cases.saving import OURS, RAW, SAFETENSORS, TORCH
 from bench.contenders.base import Contender, sync_tree
 from bench.contenders.ours import OurEngine
 from bench.sessions import Bench, ContenderError
@@ -22,6 +22,7 @@ def _measure(bench: Bench, tag: str) -> dict[str, float]:
     """Files of 4 KiB, each with the same small state."""
     num_files = bench.settings["num_files"]
     contender = bench.contender
+    bench.alter()
     if isinstance(contender, OurEngine):
         return contender.run(_commit(contender, bench.state, tag, num_files))
     contender.open_tag(tag)
@@ -75,16 +76,26 @@ def _save_all(
     contender: Contender, state: dict[str, Any], directory: Path, num_files: int
 ) -> float:
     """Saved one after the other, then synced together with their directory."""
+    save, load = _of_one_file(contender)
     start = perf_counter()
     for number in range(num_files):
-        torch.save(state, directory / f"{number}.pt")
+        save(state, directory / f"{number}")
     sync_tree(directory)
     seconds = perf_counter() - start
     for number in range(num_files):
-        loaded = torch.load(directory / f"{number}.pt")
+        loaded = load(directory / f"{number}")
         if any(not torch.equal(loaded[name], state[name]) for name in state):
             raise ContenderError(f"{contender.name}: file {number} is wrong")
     return seconds
+
+
+def _of_one_file(contender: Contender) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """How a contender saves a state to one file, and loads it."""
+    if contender.name == TORCH:
+        return torch.save, torch.load
+    from safetensors.torch import load_file, save_file
+
+    return save_file, load_file
 
 
 def _cells(scale: Scale) -> Sequence[Cell]:
@@ -93,7 +104,7 @@ def _cells(scale: Scale) -> Sequence[Cell]:
         Cell(
             f"{num_files} files",
             workload,
-            (RAW, OURS, TORCH),
+            (RAW, OURS, TORCH, SAFETENSORS),
             scale.repeats(9),
             settings={"num_files": num_files},
         )

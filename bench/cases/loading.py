@@ -6,14 +6,19 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from bench.cases.base import Case, Cell
 from bench.cases.saving import DCP_THREAD, META, OURS, RAW, SAFETENSORS, TORCH
 from bench.contenders.raw import Writing
 from bench.measuring import Cache, Clock, can_drop_caches, touch_mapping
 from bench.sessions import Bench
-from bench.workloads import GIB, Scale, Workload
+from bench.workloads import GIB, KIB, Scale, Workload
 
 _TAG = "step-1"
+_TINY_TAG = "tiny"
+_TINY_KEY = "weight"
+_SNAPSHOT = "torchsnapshot take + fsync"
 _UNVERIFIED = "aiockpt, unverified"
 _MMAPPED = "torch.save + fsync, mmap"
 
@@ -21,9 +26,15 @@ _MMAPPED = "torch.save + fsync, mmap"
 def _prepare(bench: Bench, tag: str) -> dict[str, float]:
     """Saves what will be loaded."""
     del tag
-    bench.contender.open_tag(_TAG)
-    bench.contender.save(bench.state, _TAG).wait_durable()
+    for each, state in ((_TINY_TAG, _tiny()), (_TAG, bench.state)):
+        bench.contender.open_tag(each)
+        bench.contender.save(state, each).wait_durable()
     return {}
+
+
+def _tiny() -> dict[str, torch.Tensor]:
+    """What is loaded first, so that no import that comes late is in a load's time."""
+    return {_TINY_KEY: torch.zeros(KIB)}
 
 
 def _measure(bench: Bench, tag: str, *, is_in_place: bool) -> dict[str, float]:
@@ -31,10 +42,13 @@ def _measure(bench: Bench, tag: str, *, is_in_place: bool) -> dict[str, float]:
     del tag
     contender, state = bench.contender, bench.state
     keys = [bench.workload.middle] if bench.settings.get("is_partial") else None
+    tiny_keys = [_TINY_KEY] if keys else None
+    contender.load(_TINY_TAG, _tiny(), is_in_place=is_in_place, keys=tiny_keys)
     if isinstance(contender, Writing) and contender.is_touched:
         contender.get_ready(sum(each.nbytes for each in state.values()))
     like: Mapping[str, Any] = state
     if is_in_place:
+        # No byte of theirs is right.
         like = {name: tensor.new_ones(tensor.shape) for name, tensor in state.items()}
     cache = bench.settings["cache"]
     if cache is Cache.EMPTY and not can_drop_caches():
@@ -53,7 +67,7 @@ def _fresh(scale: Scale) -> Sequence[Cell]:
     limits = (RAW, "raw O_DIRECT, fresh memory")
     left, full = "1 GiB, right after the save", "1 GiB, from the page cache"
     return [
-        _cell(scale, "4 GiB", 4, (*limits, *contenders), 5),
+        _cell(scale, "4 GiB", 4, (*limits, *contenders, DCP_THREAD, META), 5),
         _cell(scale, left, 1, (*limits, *contenders), 5, cache=Cache.LEFT),
         _cell(scale, full, 1, contenders, 5, cache=Cache.FULL),
     ]
@@ -64,13 +78,13 @@ def _in_place(scale: Scale) -> Sequence[Cell]:
 
 
 def _others(scale: Scale) -> Sequence[Cell]:
-    contenders = (RAW, OURS, TORCH, DCP_THREAD, "torchsnapshot take + fsync", META)
+    contenders = (RAW, OURS, TORCH, DCP_THREAD, _SNAPSHOT, META)
     return [_cell(scale, "0.5 GiB, in place", 0.5, contenders, 5)]
 
 
 def _partial(scale: Scale) -> Sequence[Cell]:
-    cell = _cell(scale, "one of 300 tensors of 4 GiB", 4, (OURS, TORCH, SAFETENSORS), 5)
-    return [cell]
+    contenders = (OURS, TORCH, SAFETENSORS, DCP_THREAD, _SNAPSHOT)
+    return [_cell(scale, "one of 300 tensors of 4 GiB", 4, contenders, 5)]
 
 
 def _cell(

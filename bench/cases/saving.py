@@ -12,6 +12,7 @@ from bench.sessions import Bench
 from bench.workloads import GIB, MIB, Scale, Workload
 
 RAW = "raw O_DIRECT"
+RAW_AT_ONCE = "raw O_DIRECT, 4 threads"
 OURS = "aiockpt"
 PREPARED = "aiockpt, after preflight"
 TORCH = "torch.save + fsync"
@@ -28,7 +29,10 @@ def measure(bench: Bench, tag: str) -> dict[str, float]:
     """One durable save, with a step of the trainer in between; then a look at it."""
     contender = bench.contender
     step_s = bench.settings.get("step_s", 0.0)
+    bench.alter()
+    start = perf_counter()
     contender.begin_training(bench.next_state())
+    begin_s = perf_counter() - start
     state = bench.next_state()
     start = perf_counter()
     contender.open_tag(tag)
@@ -55,6 +59,7 @@ def measure(bench: Bench, tag: str) -> dict[str, float]:
         "stall_s": saved - begun + staged_s,
         "durable_s": durable_s,
         "create_s": create_s,
+        "begin_s": begin_s,
         "extra_rss_bytes": extra_bytes,
         "children_rss_bytes": beside_bytes,
         **told,
@@ -67,7 +72,7 @@ def _throughput(scale: Scale) -> Sequence[Cell]:
             "4 GiB",
             Workload(scale.size(4 * GIB), scale.number(300)),
             (
-                *(RAW, "raw O_DIRECT, 4 threads", OURS),
+                *(RAW, RAW_AT_ONCE, OURS),
                 *(TORCH, SAFETENSORS, DCP_THREAD),
             ),
             scale.repeats(5),
@@ -81,7 +86,7 @@ def _many_small(scale: Scale) -> Sequence[Cell]:
         Cell(
             "1 GiB in tensors of 1 to 64 KiB",
             Workload(scale.size(1 * GIB), num_tensors, spread=64),
-            (RAW, OURS, TORCH, SAFETENSORS),
+            (RAW, RAW_AT_ONCE, OURS, TORCH, SAFETENSORS),
             scale.repeats(5),
         )
     ]
@@ -91,6 +96,7 @@ def _field(scale: Scale) -> Sequence[Cell]:
     contenders = (
         "memcpy",
         RAW,
+        RAW_AT_ONCE,
         OURS,
         "aiockpt.sync",
         TORCH,
@@ -130,7 +136,7 @@ def _stall(scale: Scale) -> Sequence[Cell]:
         Cell(
             "2 GiB, ring an eighth of the state",
             size,
-            (OURS,),
+            (OURS, DCP_THREAD),
             scale.repeats(5),
             options=Options(ring_gib=max(size.nbytes / GIB / 8, 8 / 1024)),
             settings=step,
@@ -161,7 +167,8 @@ def _growth(scale: Scale) -> Sequence[Cell]:
                 f"size: {nbytes / GIB:g} GiB",
                 Workload(scale.size(nbytes), scale.number(300)),
                 # The others' way of growing shows below, in less time.
-                (RAW, OURS) if nbytes > GIB else (RAW, OURS, TORCH, SAFETENSORS),
+                (RAW, RAW_AT_ONCE, OURS)
+                + ((TORCH, SAFETENSORS) if nbytes <= GIB else ()),
                 scale.repeats(5),
                 num_warm_ups=0 if nbytes > GIB else 1,
             )
@@ -171,7 +178,7 @@ def _growth(scale: Scale) -> Sequence[Cell]:
             Cell(
                 f"tensors: {number}",
                 Workload(scale.size(256 * MIB), scale.number(number)),
-                (RAW, OURS, TORCH, SAFETENSORS)
+                (RAW, RAW_AT_ONCE, OURS, TORCH, SAFETENSORS)
                 # A minute and more for each save with more tensors.
                 + ((DCP_THREAD,) if number <= 10_000 else ()),  # noqa: PLR2004
                 scale.repeats(5),

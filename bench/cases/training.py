@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 from bench.cases.base import Case, Cell
-from bench.cases.saving import DCP_PROCESS, DCP_STAGED, DCP_THREAD, META
+from bench.cases.saving import (
+    DCP_PROCESS,
+    DCP_STAGED,
+    DCP_THREAD,
+    META,
+    RAW,
+    RAW_AT_ONCE,
+)
 from bench.contenders.base import Options
 from bench.sessions import Bench, ContenderError
 from bench.workloads import GIB, Scale, Workload, flatten
@@ -56,6 +63,7 @@ class _Trainer:
 
 def _inflation(bench: Bench, tag: str) -> dict[str, float]:
     """Steps with a save in the background, against as many seconds without one."""
+    bench.alter()
     trainer = _Trainer(bench.settings["num_threads"])
     for _ in range(10):
         trainer.step()
@@ -129,6 +137,7 @@ def _p95(values: list[float]) -> float:
 
 def _beside_python(bench: Bench, tag: str) -> dict[str, float]:
     """A save while the main thread runs pure Python, and never waits."""
+    bench.alter()
     plain_s = bench.settings["plain_s"]
     plain = _count_for(lambda until: perf_counter() >= until, plain_s)
     bench.contender.open_tag(tag)
@@ -189,7 +198,7 @@ def _python_cells(scale: Scale) -> Sequence[Cell]:
         Cell(
             "2 GiB",
             workload,
-            ("raw O_DIRECT", _OURS, _IN_THREAD),
+            (RAW, RAW_AT_ONCE, _OURS, _IN_THREAD),
             scale.repeats(5),
             settings={"plain_s": scale.seconds(1.0)},
         )
