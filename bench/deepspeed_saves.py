@@ -1,6 +1,6 @@
 """What checkpoints cost a DeepSpeed job (ZeRO-3), by checkpoint engine.
 
-    python -m bench.deepspeed_saves [--mib 1024] [--repeats 5] [--steps 20] [--ranks 2]
+    python -m bench.deepspeed_saves [--mib 128] [--repeats 15] [--steps 8] [--ranks 2]
                                     [--dir DIR] [--only NAME ...] [--out FILE]
 
 Each contender trains the same model in a job of its own. Told of each: the time inside
@@ -21,7 +21,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 
 from bench.measuring import MIB, figure, machine, results_file
+from bench.scratch import scratch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -36,6 +36,8 @@ if not torch.cuda.is_available():
 WIDTH = 1024
 # Per parameter: the weight in single precision, and two moments.
 BYTES_PER_WEIGHT = 12
+# Of one contender's job; at the default size it takes two or three minutes.
+_TIMEOUT_S = 1200
 
 _WRITER = {
     "io_buffer_size": 64 * MIB,
@@ -67,9 +69,9 @@ _HELP = {
 def main() -> None:
     """Runs every contender in a job of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mib", type=int, default=1024, help="optimizer state, in all")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20, help="before and after a save")
+    parser.add_argument("--mib", type=int, default=128, help="optimizer state, in all")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=8, help="before and after a save")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--dir", type=Path, default=Path.cwd())
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
@@ -83,7 +85,7 @@ def main() -> None:
     out = arguments.out or results_file("deepspeed", about)
     tell(out, {"machine": about, "case": vars(arguments)})
     for name in arguments.only:
-        with tempfile.TemporaryDirectory(dir=arguments.dir) as directory:
+        with scratch(arguments.dir) as directory:
             for line in run(name, arguments, directory):
                 tell(out, {"contender": name, **line})
                 if name == "aiockpt" and "does_not_run" in line:
@@ -99,7 +101,7 @@ def tell(path: Path, line: dict[str, object]) -> None:
 
 
 def run(
-    name: str, arguments: argparse.Namespace, directory: str
+    name: str, arguments: argparse.Namespace, directory: Path
 ) -> list[dict[str, object]]:
     """What the job of one contender tells."""
     launcher = ["-m", "torch.distributed.run", "--standalone"]
@@ -108,18 +110,25 @@ def run(
     launcher += ["--steps", str(arguments.steps)]
     here = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    ran = subprocess.run(
-        [sys.executable, *launcher, "--dir", directory],
+    job = subprocess.Popen(
+        [sys.executable, *launcher, "--dir", f"{directory}"],
         env={"OMP_NUM_THREADS": "1", **os.environ, **_HELP, "PYTHONPATH": path},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
-    told = [line[5:] for line in ran.stdout.splitlines() if line.startswith("told ")]
-    if ran.returncode == 0 and told:
+    try:
+        output, errors = job.communicate(timeout=_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        # The launcher ends its ranks when it is told to end; killed, it could not.
+        job.terminate()
+        job.communicate()
+        return [{"does_not_run": f"not done after {_TIMEOUT_S} s"}]
+    told = [line[5:] for line in output.splitlines() if line.startswith("told ")]
+    if job.returncode == 0 and told:
         return [json.loads(line) for line in told]
-    errors = [line for line in ran.stderr.splitlines() if "Error" in line]
-    return [{"does_not_run": errors[0][-300:] if errors else ran.stderr[-300:]}]
+    named = [line for line in errors.splitlines() if "Error" in line]
+    return [{"does_not_run": named[0][-300:] if named else errors[-300:]}]
 
 
 class _Bytes:
