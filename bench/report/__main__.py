@@ -24,7 +24,8 @@ def main() -> None:
     plots = arguments.docs / "assets" / "performance"
     page.write(results, arguments.docs / "performance.md", plots)
     if results.missing and results.scale == Scale.FULL:
-        sys.exit(f"not measured: {', '.join(results.missing)}")
+        listed = "\n".join(results.missing)
+        sys.exit(f"not measured:\n{listed}")
     print(f"{results.path.name} → {arguments.docs / 'performance.md'}", file=sys.stderr)
 
 

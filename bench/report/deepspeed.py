@@ -28,22 +28,30 @@ def section(directory: Path) -> str:
         f"ones. {case['ranks']} ranks, {case['mib']} MiB of optimizer state, "
         f"n = {case['repeats']}, from [`{path.name}`](results/{path.name}.txt) at "
         f"commit `{head['machine']['commit']}`.\n\n"
-        f"| engine | {' | '.join(f'{each}, s' for each in _FIGURES)} |\n"
-        f"|---|{'---:|' * len(_FIGURES)}\n{rows}\n"
+        f"| engine | {' | '.join(f'{each}, s' for each in _FIGURES)} "
+        "| durable when the steps had ended |\n"
+        f"|---|{'---:|' * (len(_FIGURES) + 1)}\n{rows}\n"
     )
 
 
 def _row(name: str, row: dict[str, Any]) -> str:
     if "does_not_run" in row:
         reason = row["does_not_run"]["does_not_run"].replace("|", "/")
-        return f"| {name} | does not run: {reason} |{' |' * (len(_FIGURES) - 1)}\n"
+        return f"| {name} | does not run: {reason} |{' |' * len(_FIGURES)}\n"
     cells = [
         f"{row[each]['median']:.2f} ({row[each]['min']:.2f}–{row[each]['max']:.2f})"
         if each in row
         else "–"
         for each in _FIGURES
     ]
-    return f"| {name} | {' | '.join(cells)} |\n"
+    return f"| {name} | {' | '.join(cells)} | {_durable(row.get('is durable'))} |\n"
+
+
+def _durable(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return "–"
+    words = {(1, 1): "always", (0, 0): "never"}
+    return words.get((figure["min"], figure["max"]), "not always")
 
 
 def _when(path: Path) -> str:

@@ -39,6 +39,7 @@ _METHOD = """\
   contender; not after commits that are measured for themselves.
 - Durability is equal: who does not sync gets an fsync of files and directories added to
   the measured time, and the name, or the list of contenders, says so.
+- Between saves every tensor is changed, so that a stale one is noticed.
 - One save of each process comes before those that are counted (none where the state is
   8 GiB). aiockpt's ring has its memory from then on; contenders that copy the state
   take memory for that anew with each save, unless they keep it themselves. First saves
@@ -46,13 +47,22 @@ _METHOD = """\
 - Loads are cold unless they say otherwise: caches are dropped, and every load has a new
   process.
 - The state lies once in shared memory, and all contenders save that. Extra memory is
-  the high-water mark above the process before the contender was set up.
+  the high-water mark above the process before the contender was set up; in helper
+  processes, the high-water mark of what is theirs alone.
 - Absolute times of this machine mean little elsewhere; the ratios are what counts.
 
 `python -m bench` measures again, `python -m bench.report` writes this page.
 
 """
 
+
+_WORDS = {True: "met", False: "**missed**", None: "not told apart"}
+_ADDED = """\
+Rows that begin with *added* are none of the project's targets. `preflight` is a call
+before step 1 that takes the ring's memory and plans the state once: the "first" planning
+after it is a second one, and what the call takes stands under *Stall*. *Not told apart*:
+the repeats of the two overlap.
+"""
 
 _STAGES = {
     "plan_s": "planned",
@@ -115,11 +125,11 @@ def _source(results: Results) -> str:
 
 
 def _missing(results: Results) -> str:
-    """A warning where a case was not measured."""
+    """A warning where cells, or contenders in them, were not measured."""
     if not results.missing:
         return ""
-    listed = ", ".join(f"`{name}`" for name in results.missing)
-    return f'\n!!! warning "Not measured"\n    {listed}\n'
+    listed = "".join(f"    - {_plain(each)}\n" for each in results.missing)
+    return f'\n!!! warning "Not measured, or not by these files"\n\n{listed}'
 
 
 def _files(results: Results) -> str:
@@ -138,6 +148,14 @@ def _files(results: Results) -> str:
     return f"The numbers come from {told}."
 
 
+def _on_gpu(results: Results) -> str:
+    """Where the figures of `bench/gpu.py` are, if it was run."""
+    paths = sorted(results.path.parent.glob("gpu_*.jsonl"))
+    if not paths:
+        return "needs a GPU, and was not run"
+    return f"in [`{paths[-1].name}`](results/{paths[-1].name}.txt)"
+
+
 def _targets(results: Results) -> str:
     heads = "| metric | workload | target | measured | |\n|---|---|---|---|---|\n"
     rows = []
@@ -146,13 +164,13 @@ def _targets(results: Results) -> str:
         if verdict is None:
             figure, word = "–", "not measured"
         else:
-            figure, word = verdict.figure, "met" if verdict.is_met else "**missed**"
+            figure, word = verdict.figure, _WORDS[verdict.is_met]
+        aim = f"*added:* {target.aim}" if target.is_added else target.aim
         rows.append(
-            f"| {target.metric} | {target.workload} | {target.aim} "
-            f"| {figure} | {word} |\n"
+            f"| {target.metric} | {target.workload} | {aim} | {figure} | {word} |\n"
         )
     gpu = "".join(
-        f"| {metric} | one H100 or H200 | {aim} | – | needs a GPU, and was not run |\n"
+        f"| {metric} | one H100 or H200 | {aim} | – | {_on_gpu(results)} |\n"
         for metric, aim in GPU_TARGETS
     )
     # Every metric has one.
@@ -165,7 +183,7 @@ def _targets(results: Results) -> str:
         for metric, each in known.items()
     )
     return (
-        f"## Targets\n\n{heads}{''.join(rows)}{gpu}\n"
+        f"## Targets\n\n{heads}{''.join(rows)}{gpu}\n{_ADDED}\n"
         f"Where the time goes, what was tried and what remains:\n\n{remarks}\n"
     )
 

@@ -10,10 +10,24 @@ from pathlib import Path
 from typing import Any, Self
 
 from bench.cases import CASES
+from bench.cases.base import Cell
+from bench.contenders.raw import Writing, WritingAtOnce
 from bench.measuring import Cache
-from bench.workloads import Workload
+from bench.ranks import world_sizes
+from bench.workloads import Scale, Workload
 
 Measured = dict[str, float]
+
+# Where these differ, results do not stand beside each other.
+_MACHINE = (
+    "cores",
+    "memory_gib",
+    "processor",
+    "kernel",
+    "huge_pages",
+    "python",
+    "torch",
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,7 @@ class CellResults:
         measured: By contender and repeat.
         warm_ups: Those measured before, by contender and repeat.
         reasons: Why a contender does not run.
+        failures: How one has failed.
     """
 
     case: str
@@ -72,6 +87,7 @@ class CellResults:
     measured: dict[str, dict[int, Measured]] = field(default_factory=dict)
     warm_ups: dict[str, dict[int, Measured]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +125,15 @@ class CellResults:
         ]
         return Spread(values) if values else None
 
+    def raw(self, key: str) -> str:
+        """The name of the raw disk: with as many writers as made it faster here."""
+        times = {
+            name: spread.median
+            for name in (Writing.name, WritingAtOnce.name)
+            if (spread := self.spread(name, key)) is not None
+        }
+        return min(times, key=lambda name: times[name], default=Writing.name)
+
     def worst(self, contender: str, key: str) -> float | None:
         """The greatest of a figure, warm-ups included."""
         rows = [
@@ -133,6 +158,7 @@ class Results:
         scale: How much was measured.
         cells: By case and cell.
         ranks: How long ranks take to agree, a line for each number of them.
+        failures: Why a whole cell, or some ranks, were not measured, by its name.
         sources: By case, the file and the commit.
     """
 
@@ -142,6 +168,7 @@ class Results:
     cells: dict[tuple[str, str], CellResults] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
     sources: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, path: Path) -> Self:
@@ -158,7 +185,7 @@ class Results:
             for line in lines:
                 results._add(json.loads(line))
         commit = results.machine["commit"]
-        measured = {case for case, _ in results.cells}
+        measured = {case for (case, _), cell in results.cells.items() if cell.measured}
         if results.ranks:
             measured.add("ranks")
         results.sources = dict.fromkeys(measured, (path, commit))
@@ -174,7 +201,7 @@ class Results:
         last = parts[-1]
         merged = cls(last.path, last.machine, last.scale)
         for part in parts:
-            if part.place != last.place:
+            if not part.is_comparable(last):
                 raise ValueError(f"{part.path} is not of the machine of {last.path}")
             kept = {
                 key: cell
@@ -184,24 +211,59 @@ class Results:
             merged.cells = kept | part.cells
             merged.ranks = part.ranks or merged.ranks
             merged.sources |= part.sources
+            merged.failures |= part.failures
         return merged
 
     @property
     def missing(self) -> list[str]:
-        """The cases that nobody has measured."""
-        return [name for name in (*CASES, "ranks") if name not in self.sources]
+        """What the cases ask, at this scale, and nobody has measured."""
+        scale = Scale(self.scale)
+        absent = [
+            f"{case.name}: {cell.name}{told}"
+            for case in CASES.values()
+            for cell in case.cells(scale)
+            if (told := self._absent(case.name, cell)) is not None
+        ]
+        measured = {(line["kind"], line["ranks"]) for line in self.ranks}
+        for kind, numbers in world_sizes(scale).items():
+            if lost := [str(n) for n in numbers if (kind, n) not in measured]:
+                reason = self.failures.get("ranks")
+                absent.append(f"ranks: {kind} of {', '.join(lost)}{_because(reason)}")
+        return absent
 
-    @property
-    def place(self) -> tuple[str, dict[str, Any]]:
-        """What results that are merged have in common."""
-        machine = {key: each for key, each in self.machine.items() if key != "commit"}
-        return self.scale, machine
+    def _absent(self, case: str, cell: Cell) -> str | None:
+        """Who was not measured, or not as often as asked; None if all were."""
+        found = self.cells.get((case, cell.name))
+        if found is None or not found.measured:
+            return _because(self.failures.get(f"{case}: {cell.name}"))
+        told = []
+        for name in cell.contenders:
+            number = len(found.measured.get(name, {}))
+            if number < cell.repeats and name not in found.reasons:
+                count = f" ({number} of {cell.repeats})" if number else ""
+                told.append(f"{name}{count}{_because(found.failures.get(name))}")
+        return f": {', '.join(told)}" if told else None
+
+    def is_comparable(self, other: "Results") -> bool:
+        """Whether both were measured on such a machine, at the same scale.
+
+        An older file does not tell everything: what it leaves out is not compared.
+        """
+        shared = [
+            key for key in _MACHINE if key in self.machine and key in other.machine
+        ]
+        return self.scale == other.scale and all(
+            self.machine[key] == other.machine[key] for key in shared
+        )
 
     def _add(self, line: dict[str, Any]) -> None:
         if "machine" in line:
             # A run that was continued.
             if line["machine"] != self.machine:
                 raise ValueError(f"{self.path}: of two machines or commits")
+            return
+        if "failed" in line:
+            self._add_failure(line)
             return
         if line["case"] == "ranks":
             self.ranks.append(line)
@@ -221,6 +283,14 @@ class Results:
         rows = cell.warm_ups if line["is_warm_up"] else cell.measured
         rows.setdefault(name, {})[line["repeat"]] = line["measured"]
 
+    def _add_failure(self, line: dict[str, Any]) -> None:
+        if "contender" in line:
+            cell = self.cells[line["case"], line["cell"]]
+            cell.failures[line["contender"]] = line["failed"]
+            return
+        name = ": ".join(line[key] for key in ("case", "cell") if key in line)
+        self.failures[name] = line["failed"]
+
     def case(self, name: str) -> list[CellResults]:
         """The cells of a case."""
         return [cell for (case, _), cell in self.cells.items() if case == name]
@@ -232,12 +302,25 @@ class Results:
 
 
 def read(paths: Sequence[Path], directory: Path) -> Results:
-    """The files that are named, or all of a directory; of each case the last."""
-    newest_last = sorted(directory.glob("suite_*.jsonl"), key=_when)
-    found = list(paths) or newest_last
-    if not found:
+    """The files that are named, or those of a directory; of each case the last.
+
+    Raises:
+        FileNotFoundError: There are none.
+        ValueError: Those that are named are not of one machine. (Of a directory, only
+            those are taken that are of the machine of the last.)
+    """
+    if paths:
+        return Results.merged([Results.of(path) for path in paths])
+    kept = [
+        Results.of(path) for path in sorted(directory.glob("suite_*.jsonl"), key=_when)
+    ]
+    if not kept:
         raise FileNotFoundError(f"no suite_*.jsonl in {directory}")
-    return Results.merged([Results.of(path) for path in found])
+    return Results.merged([each for each in kept if each.is_comparable(kept[-1])])
+
+
+def _because(reason: str | None) -> str:
+    return f" ({reason})" if reason else ""
 
 
 def _when(path: Path) -> str:
