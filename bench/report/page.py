@@ -233,7 +233,7 @@ def _growth(results: Results, drawer: "_Drawer") -> str:
     text = (
         "## Growth\n\nDurable throughput over the size of the state, and over the number "
         "of tensors at equal size. The others stop at 1 GiB, and DCP at 10 000 tensors: "
-        "their way of growing shows there, and a run should end within two hours.\n\n"
+        "their way of growing shows there, and a run should end within two and a half hours.\n\n"
     )
     columns = SECTIONS[0].columns
     for cell in cells:

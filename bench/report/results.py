@@ -233,16 +233,17 @@ class Results:
 
     def _absent(self, case: str, cell: Cell) -> str | None:
         """Who was not measured, or not as often as asked; None if all were."""
+        reason = _because(self.failures.get(f"{case}: {cell.name}"))
         found = self.cells.get((case, cell.name))
         if found is None or not found.measured:
-            return _because(self.failures.get(f"{case}: {cell.name}"))
+            return reason
         told = []
         for name in cell.contenders:
             number = len(found.measured.get(name, {}))
             if number < cell.repeats and name not in found.reasons:
                 count = f" ({number} of {cell.repeats})" if number else ""
                 told.append(f"{name}{count}{_because(found.failures.get(name))}")
-        return f": {', '.join(told)}" if told else None
+        return f": {', '.join(told)}{reason}" if told else None
 
     def is_comparable(self, other: "Results") -> bool:
         """Whether both were measured on such a machine, at the same scale.
