@@ -39,7 +39,9 @@ _METHOD = """\
   contender; not after commits that are measured for themselves.
 - Durability is equal: who does not sync gets an fsync of files and directories added to
   the measured time, and the name, or the list of contenders, says so.
-- Between saves every tensor is changed, so that a stale one is noticed.
+- Between saves every tensor is changed, so that a stale one is noticed. Files up to
+  commit ca6f892 are from before: there the state stayed the same, nothing tiny was
+  loaded before a cold load, and memory in helper processes was looked at once, late.
 - One save of each process comes before those that are counted (none where the state is
   8 GiB). aiockpt's ring has its memory from then on; contenders that copy the state
   take memory for that anew with each save, unless they keep it themselves. First saves

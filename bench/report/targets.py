@@ -160,7 +160,7 @@ def _stall_beside(names: Sequence[str]) -> Callable[[CellResults], Verdict | Non
         spread = None if best is None else cell.ratio(best, _OURS, "stall_s")
         if spread is None:
             return None
-        return Verdict(f"{_share(spread)} of {best}", spread.median >= 1)
+        return Verdict(f"{_share(spread)} that of {best}", spread.median >= 1)
 
     return check
 
