@@ -72,14 +72,17 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *SHARED, *(session.posargs or ["-m", "not slow"]))
 
 
-FUZZ_TARGETS = (
-    "directory",
-    "local_header",
-    "outline",
-    "safetensors_header",
-    "pickle",
-    "file",
-)
+# And for how many seconds each is fuzzed in the fault matrix: those that open files
+# try a hundredth of the inputs.
+FUZZ_TARGETS = {
+    "directory": 60,
+    "local_header": 60,
+    "outline": 60,
+    "safetensors_header": 60,
+    "manifest": 60,
+    "pickle": 300,
+    "file": 300,
+}
 
 
 @nox.session
@@ -112,14 +115,20 @@ def faults(session: nox.Session) -> None:
     install(session, "dev")
     session.install("mfusepy", "atheris")
     session.env["PYTHONPATH"] = "tests"
+    session.env["HYPOTHESIS_PROFILE"] = "nightly"
     report = "tests/faults/report.py"
     begun = session.run("python", report, "begin", silent=True)
     results = str(begun).strip()
     told = f"--faults-report={results}"
-    rows = ("tests/faults", "tests/hostile", *session.posargs)
+    # The order of a commit's calls, as strace sees them, is what row 20 relies on.
+    order = "tests/durability/test_commit_order.py"
+    rows = ("tests/faults", "tests/hostile", order, *session.posargs)
     parts = [
         ("pytest", *SHARED, *rows, "--faults", told),
-        *(("python", "tests/hostile/run_atheris.py", t, told) for t in FUZZ_TARGETS),
+        *(
+            ("python", "tests/hostile/run_atheris.py", name, "--seconds", str(s), told)
+            for name, s in FUZZ_TARGETS.items()
+        ),
         ("python", "-m", "faults.peers", results),
     ]
     # All of them, whatever the one before has found: it takes hours.

@@ -274,7 +274,11 @@ class Storage(Protocol):
         ...
 
     def link(self, source: str, target: str) -> None:
-        """Gives a file a second name; where that cannot be, `target` is a copy."""
+        """Gives a file a second name; where that cannot be, `target` is a copy.
+
+        Raises:
+            StorageError: EEXIST where `target` is there already, and others.
+        """
         ...
 
     def remove(self, path: str) -> None:

@@ -7,8 +7,8 @@
 
 Calls are named as the kernel names them: `open`, `create` (an `open` that makes the
 file), `mkdir`, `fallocate`, `write`, `pwrite`, `pread`, `sync_file_range`,
-`ftruncate`, `fsync`, `close`, `link`, `copy`, `rename`, `exchange`, `unlink`, `rmdir`, `scandir`,
-`stat`, `fstat`, `statvfs` and `flock`.
+`ftruncate`, `fsync`, `close`, `link`, `copy`, `rename`, `exchange`, `unlink`, `rmdir`,
+`scandir`, `stat`, `lstat`, `fstat`, `statvfs` and `flock`.
 
 What is injected holds for every engine of the process, and for local storage only.
 """
@@ -36,7 +36,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from aiockpt.testing.system_calls import Call, Moment, tapped
+from aiockpt.errors import InvalidArgumentError
+from aiockpt.testing.system_calls import CALL_NAMES, Call, Moment, tapped
 
 Action = Callable[[Moment], object]
 """What is done in a call's place; it returns what the call should have returned."""
@@ -54,6 +55,9 @@ class Fault:
         path: A part of the path that they are about.
         nth: The first of the calls above that is spoiled, counted from 1.
         num_times: How many are, from there on; `math.inf`: all.
+
+    Raises:
+        InvalidArgumentError: There is no call of that name: nothing would ever be spoiled.
     """
 
     calls: str | Collection[str]
@@ -62,9 +66,20 @@ class Fault:
     nth: int = 1
     num_times: float = 1
 
+    def __post_init__(self) -> None:
+        """Looks at the names."""
+        unknown = sorted({*self._names} - CALL_NAMES)
+        if unknown:
+            message = f"no call is named {unknown}; there are {sorted(CALL_NAMES)}"
+            raise InvalidArgumentError(message)
+
+    @property
+    def _names(self) -> Collection[str]:
+        return (self.calls,) if isinstance(self.calls, str) else self.calls
+
     def concerns(self, moment: Moment) -> bool:
         """Whether a call counts for this fault."""
-        names = (self.calls,) if isinstance(self.calls, str) else self.calls
+        names = self._names
         return (not names or moment.name in names) and self.path in moment.path
 
 
@@ -131,7 +146,9 @@ class FlipBit:
     bit: int = 0
 
     def __call__(self, moment: Moment) -> object:
-        """The number of bytes moved: all."""
+        """The number of bytes moved: all; where there are none, nothing is wrong."""
+        if not len(_buffer(moment)):
+            return moment.make()
         if moment.name == "pread":
             num_moved = moment.make()
             buffer = _buffer(moment)
@@ -258,7 +275,15 @@ class _Spoiler:
 
 @contextlib.contextmanager
 def inject(*faults: Fault) -> Generator[Injection]:
-    """Local storage meets the faults until the block ends; of several, the first."""
+    """Local storage meets the faults until the block ends, on all threads.
+
+    Args:
+        *faults: Where several are about one call, the first is done. Each counts the
+            calls that it is about from here on, those that others took included.
+
+    Yields:
+        What has happened so far; it goes on growing.
+    """
     spoiler = _Spoiler(faults)
     with tapped(spoiler) as tap:
         yield Injection(tap.calls, spoiler.spoiled)

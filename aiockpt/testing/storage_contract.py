@@ -357,6 +357,21 @@ class StorageContract:
         assert _content(storage, "old") == b"new"
         assert not storage.exists("new")
 
+    def test_a_file_with_a_second_name_outlives_the_first(
+        self, storage: Storage
+    ) -> None:
+        storage.write_durable("one", b"content")
+        storage.write_durable("taken", b"other")
+
+        storage.link("one", "other")
+        storage.remove("one")
+
+        assert _content(storage, "other") == b"content"
+        with pytest.raises(StorageError) as caught:
+            storage.link("other", "taken")
+        assert caught.value.errno == errno.EEXIST
+        assert _content(storage, "taken") == b"other"
+
     def test_removing_a_file_twice_is_removing_it_once(self, storage: Storage) -> None:
         storage.write_durable("f", b"")
 

@@ -5,7 +5,16 @@ kernel. Each call is recorded with the ticks of a clock that only orders, and ha
 to an *interceptor*, which makes it, or does something else in its place.
 """
 
-__all__ = ["Call", "Interceptor", "Moment", "Tap", "path_of", "tapped", "tapped_names"]
+__all__ = [
+    "CALL_NAMES",
+    "Call",
+    "Interceptor",
+    "Moment",
+    "Tap",
+    "path_of",
+    "tapped",
+    "tapped_names",
+]
 
 import contextlib
 import ctypes
@@ -18,7 +27,7 @@ from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 from unittest import mock
 
 import aiofiles
@@ -92,7 +101,11 @@ class Tap:
     """
 
     def __init__(self, intercept: Interceptor = _make) -> None:
-        """Hands every call to `intercept`, on the thread that makes it."""
+        """Hands every call to `intercept`, on the thread that makes it.
+
+        Args:
+            intercept: As for `tapped`.
+        """
         self.calls: list[Call] = []
         self._intercept = intercept
         self._lock = threading.Lock()
@@ -113,7 +126,21 @@ class Tap:
         args: tuple[Any, ...] = (),
         target: str = "",
     ) -> Any:
-        """Has the interceptor make the call; the result is what it returns."""
+        """Has the interceptor make a call, and notes it.
+
+        Args:
+            name: As for `Call`.
+            path: As for `Call`.
+            make: Makes the call.
+            args: As for `Moment`.
+            target: As for `Call`.
+
+        Returns:
+            What the interceptor returns.
+
+        Raises:
+            OSError: Whatever it raises; noted, too.
+        """
         with self._lock:
             self._num_begun += 1
             index = self._num_begun
@@ -137,7 +164,16 @@ class Tap:
 
 @contextlib.contextmanager
 def tapped(intercept: Interceptor = _make) -> Generator[Tap]:
-    """Local storage's calls go through the tap, of every engine in this process."""
+    """Local storage's calls go through the tap, of every engine in this process.
+
+    Args:
+        intercept: Called for each, on the thread that makes it; it makes the call or
+            does something in its place, and what it returns or raises is the call's
+            outcome.
+
+    Yields:
+        What sees them; it sees nothing more when the block has ended.
+    """
     tap = Tap(intercept)
     with contextlib.ExitStack() as stack:
         for module in _modules():
@@ -185,6 +221,24 @@ _BY_DESCRIPTOR = {
 _BY_PATH = ("lstat", "mkdir", "rmdir", "scandir", "stat", "statvfs", "unlink")
 _BY_TWO_PATHS = {"link": "link", "rename": "rename", "replace": "rename"}
 _DESCRIPTORS = "/proc/self/fd/"
+
+CALL_NAMES: Final = frozenset(
+    {
+        *(
+            "open",
+            "create",
+            "flock",
+            "fallocate",
+            "sync_file_range",
+            "exchange",
+            "copy",
+        ),
+        *_BY_DESCRIPTOR.values(),
+        *_BY_PATH,
+        *_BY_TWO_PATHS.values(),
+    }
+)
+"""The names of all calls that are seen."""
 
 
 def path_of(descriptor: int) -> str:

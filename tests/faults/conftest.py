@@ -53,7 +53,8 @@ def pytest_collection_modifyitems(
     limit_s = 3600 if cases_of(config).is_long else 300
     here = Path(__file__).parent
     for item in items:
-        if item.path.is_relative_to(here):
+        is_here = item.path.is_relative_to(here)
+        if is_here or item.path.is_relative_to(here.with_name("hostile")):
             item.add_marker(pytest.mark.timeout(limit_s))
 
 

@@ -64,7 +64,7 @@ def order(template: Path) -> None:
 
 
 def acknowledged(template: Path) -> None:
-    """Whatever is killed after the acknowledgement, the tag is there."""
+    """When a commit has returned, the tag is there, before anything else is done."""
     root = link_root(template)
     with Engine(root, SMALL) as engine:
         save(engine, "new", 3)
@@ -167,7 +167,8 @@ def files_of_others(template: Path) -> None:
     assert_survived(root, name, outcome, may_stay=False)
 
 
-# Each mutant, and a row that it does not survive.
+# Each mutant, and a row that it does not survive. Whose calls are in a wrong order is held
+# against the order itself: most cuts of the power meet a file system that was kind.
 MUTANTS: dict[str, tuple[Mutant, Row]] = {
     "no file sync": (mutants.no_file_sync, order),
     "no directory sync": (mutants.no_directory_sync, order),

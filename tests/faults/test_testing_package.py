@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 
 from aiockpt import save as save_file
-from aiockpt.errors import StorageError
+from aiockpt.errors import InvalidArgumentError, StorageError
 from aiockpt.storage.local import LocalStorage
 from aiockpt.testing.faults import (
     Delay,
@@ -30,6 +30,7 @@ from aiockpt.testing.faults import (
 from aiockpt.testing.roots import assert_root_consistent
 from aiockpt.testing.storage_contract import StorageContract
 from aiockpt.testing.strategies import DTYPES, state_dicts, tensors
+from aiockpt.testing.system_calls import Moment
 from aiockpt.threads import WorkerPool
 from catalogs import catalog_at, make_tags, publish, storage_at
 from crashing import Server
@@ -54,6 +55,12 @@ def test_the_nth_call_of_a_name_and_path_fails_and_no_other(tmp_path):
     failed = [call for call in injection.calls if call.error]
     assert [(call.name, call.path) for call in failed] == [("fsync", spoiled.path)]
     assert sorted(os.listdir(tmp_path)) == ["a1", "b1", "b3"]
+
+
+@pytest.mark.parametrize("calls", ["fdatasync", ["fsync", "pwrit"]])
+def test_a_fault_of_calls_that_there_are_not_is_refused(calls):
+    with pytest.raises(InvalidArgumentError, match=r"no call is named .*(fdata|pwrit)"):
+        Fault(calls, Fail(errno.EIO))
 
 
 @pytest.mark.parametrize(("num_times", "num_failed"), [(1, 1), (2, 2), (math.inf, 3)])
@@ -152,6 +159,11 @@ def test_a_bit_is_flipped_on_its_way_and_the_source_is_not(tmp_path):
 
     assert data == b"\0\0\0"
     assert (tmp_path / "a").read_bytes() == b"\0\x08\0"
+
+
+def test_no_bit_is_flipped_where_there_are_no_bytes():
+    moment = Moment(1, "write", "f", make=lambda: 0, args=(-1, b""))
+    assert FlipBit(2)(moment) == 0
 
 
 def test_a_call_that_moves_no_bytes_cannot_do_so_in_part(tmp_path):
@@ -342,32 +354,32 @@ class TestLocalStorage(StorageContract):
         workers.shutdown()
 
 
-# Each breaks one promise of the port.
+# Each breaks one promise of the port, which a test of the contract is about.
 BROKEN_STORAGE = {
-    "rename over anything": """
+    "test_a_directory_does_not_move_to_a_taken_place": """
     def rename_dir(self, source, target):
         import shutil
         shutil.rmtree(self._full(target), ignore_errors=True)
         super().rename_dir(source, target)
 """,
-    "locks for everyone": """
-    def lock(self, path, *, wait):
-        return super().lock(path + secrets.token_hex(4), wait=wait)
+    "test_a_lock_is_held_by_one_until_it_is_released": """
+    def lock(self, path, **how):
+        return super().lock(path + secrets.token_hex(4), **how)
 """,
-    "durable files over others": """
+    "test_a_small_file_takes_no_name_that_is_taken": """
     def write_durable(self, path, data):
         self.remove(path)
         super().write_durable(path, data)
 """,
-    "unsorted lists": """
+    "test_what_a_directory_holds_is_listed_by_kind_and_name": """
     def list_dir(self, path):
         return super().list_dir(path)[::-1]
 """,
-    "padding is kept": """
+    "test_a_file_has_the_bytes_that_were_written_and_no_more": """
     async def create(self, path, nbytes):
         return await super().create(path, -(-nbytes // 4096) * 4096)
 """,
-    "missing directories are synced": """
+    "test_a_directory_can_be_synced_and_a_missing_one_cannot": """
     def sync_dir(self, path):
         if self.exists(path):
             super().sync_dir(path)
@@ -375,9 +387,8 @@ BROKEN_STORAGE = {
 }
 
 
-@pytest.mark.leaks("the locks of broken storage, where a test of them fails")
-@pytest.mark.parametrize("broken", BROKEN_STORAGE)
-def test_storage_that_breaks_a_promise_fails_the_contract(pytester, broken):
+def of_the_contract(pytester: pytest.Pytester, body: str) -> pytest.RunResult:
+    """Runs the contract's tests on local storage with other methods in its place."""
     pytester.makepyfile(
         f"""
 import secrets
@@ -386,23 +397,33 @@ from aiockpt.storage.local import LocalStorage
 from aiockpt.testing.storage_contract import StorageContract
 from aiockpt.threads import WorkerPool
 
-class Broken(LocalStorage):
-{BROKEN_STORAGE[broken]}
+class Changed(LocalStorage):
+{body}
 
-class TestBroken(StorageContract):
+class TestChanged(StorageContract):
     @pytest.fixture
     def storage(self, tmp_path):
-        workers = WorkerPool(2, "w")
-        yield Broken(str(tmp_path), workers)
+        workers = WorkerPool(3, "w")
+        yield Changed(str(tmp_path), workers)
         workers.shutdown()
 """
     )
+    return pytester.runpytest_inprocess("-p", "no:cacheprovider", "-p", "no:asyncio")
 
-    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-p", "no:asyncio")
 
-    counts = result.parseoutcomes()
-    assert counts["failed"] >= 1
-    assert counts["passed"] > 20
+@pytest.mark.leaks("the locks of broken storage, where a test of them fails")
+@pytest.mark.parametrize("broken", BROKEN_STORAGE)
+def test_storage_that_breaks_a_promise_fails_the_contract(pytester, broken):
+    result = of_the_contract(pytester, BROKEN_STORAGE[broken])
+
+    result.stdout.fnmatch_lines([f"FAILED *::{broken}*"])
+    assert result.parseoutcomes()["passed"] > 20
+
+
+def test_storage_that_keeps_its_promises_fails_nothing(pytester):
+    result = of_the_contract(pytester, "    pass")
+
+    assert result.ret == pytest.ExitCode.OK
 
 
 # --- strategies -------------------------------------------------------------------

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 
 from aiockpt.errors import CheckpointError, CorruptCheckpointError
 from aiockpt.formats.safetensors import parse_header
 from aiockpt.formats.zip_directory import data_offset, parse_directory
 from aiockpt.formats.zip_end import TAIL_BYTES, find_directory
+from aiockpt.manifest import FileEntry, Manifest, decode, encode
 from aiockpt.outline import emit, leaves, outline, screen, storage_keys, tensors_in
 from aiockpt.sync import load
 from hostile import pickles, safetensors_cases
@@ -98,6 +100,31 @@ def fuzz_file(data: bytes) -> None:
                 use(path)
 
 
+def fuzz_manifest(data: bytes) -> None:
+    """A manifest; once more with its checksum made right, where it can be."""
+    with contextlib.suppress(CorruptCheckpointError):
+        decode(data, "manifest")
+    try:
+        sound = encode(msgspec.json.decode(data, type=Manifest))
+    except (ValueError, RecursionError):
+        return
+    with contextlib.suppress(CorruptCheckpointError):
+        assert encode(decode(sound, "manifest")) == sound
+
+
+def _manifest() -> bytes:
+    manifest = Manifest(
+        tag="step-1",
+        attempt="a" * 32,
+        published_ns=1,
+        world_size=2,
+        files=(FileEntry(path="sub/model.pt", nbytes=7, crc32=8, rank=1),),
+        hosts={0: "host"},
+        versions={"torch": "2.13.0"},
+    )
+    return encode(manifest)
+
+
 @contextlib.contextmanager
 def _file_of(data: bytes) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as directory:
@@ -141,5 +168,6 @@ TARGETS = {
     "outline": Target(fuzz_outline, _PICKLES),
     "safetensors_header": Target(fuzz_safetensors_header, (safetensors_cases.GOOD,)),
     "pickle": Target(fuzz_pickle, _PICKLES),
+    "manifest": Target(fuzz_manifest, (_manifest(),)),
     "file": Target(fuzz_file, (zip_file(), safetensors_cases.GOOD, *_SAVED)),
 }

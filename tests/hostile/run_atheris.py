@@ -37,21 +37,23 @@ def main() -> int:
     sys.stderr.write(done.stderr)
     if options.faults_report is not None:
         with options.faults_report.open("a", encoding="utf-8") as report:
-            print(json.dumps(counted(options.target, done)), file=report)
+            print(json.dumps(counted(options, done)), file=report)
     return done.returncode
 
 
-def counted(name: str, done: "subprocess.CompletedProcess[str]") -> dict[str, object]:
+def counted(
+    options: argparse.Namespace, done: "subprocess.CompletedProcess[str]"
+) -> dict[str, object]:
     """The inputs that were tried, as a line of the fault matrix."""
     told = re.search(r"number_of_executed_units:\s*(\d+)", done.stderr)
     num_tried = int(told[1]) if told else 0
     return {
         "row": 16,
         "name": "hostile files",
-        "fault": f"fuzzed by atheris, {name}",
+        "fault": f"fuzzed by atheris, {options.target}",
         "cases": num_tried,
         "survived": max(num_tried - (done.returncode != 0), 0),
-        "run": "long",
+        "run": f"{options.seconds} s",
     }
 
 
@@ -64,6 +66,7 @@ def fuzz(name: str, seconds: int, directory: str) -> None:
             "aiockpt.outline",
             "aiockpt.loading",
             "aiockpt.loader",
+            "aiockpt.manifest",
         ]
     ):
         from hostile.fuzzing import TARGETS
