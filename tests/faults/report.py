@@ -7,8 +7,8 @@
 `begin` makes a file of results, named by machine, time and commit, whose first line is
 the machine; the matrix (`--faults-report`) and `peers.py` add to it. `write` makes the
 page of all files that are kept, which may be parts of one run: a fault's counts are
-taken from the last of them that has it. It fails where a row is missing or something
-was not survived.
+taken from the last of them that has it. It fails where a row is missing or was run at the
+counts of the ordinary tests, or something was not survived.
 """
 
 import argparse
@@ -171,6 +171,8 @@ def problems(records: Sequence[Record]) -> Iterator[str]:
             yield f"failed: {record['failed']}"
         if record.get("cases") == 0:
             yield f"nothing was tried: {record}"
+        if record.get("run") == "ordinary":
+            yield f"not at its long count: {record}"
         if record.get("survived") != record.get("cases"):
             yield f"not survived: {record}"
         lost = [record.get(key, 0) for key in (*LOST, "undetected")]

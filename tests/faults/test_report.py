@@ -55,6 +55,12 @@ def test_a_case_that_was_not_survived_is_told():
     assert "not survived" in found
 
 
+def test_an_ordinary_count_is_told():
+    (found,) = problems([*WHOLE, {**WHOLE[0], "run": "ordinary"}])
+
+    assert "long" in found
+
+
 @pytest.mark.parametrize(
     "record", [{"failed": "a test", "topics": []}, {**WHOLE[0], "cases": 0}]
 )
