@@ -24,14 +24,14 @@ _STYLE = """<style>
 .line{fill:none;stroke-width:2.5}
 .c0{stroke:#0072b2;fill:#0072b2}.c1{stroke:#e69f00;fill:#e69f00}
 .c2{stroke:#009e73;fill:#009e73}.c3{stroke:#cc79a7;fill:#cc79a7}
-.c4{stroke:#d55e00;fill:#d55e00}
+.c4{stroke:#d55e00;fill:#d55e00}.c5{stroke:#f0e442;fill:#f0e442}
 text{font:13px system-ui,sans-serif}.title{font-weight:600;font-size:14px}
 @media (prefers-color-scheme:dark){
 .ground{fill:#1d1f27}.text{fill:#e6e6e6}.quiet{fill:#a0a0a0}.axis{stroke:#555}
 .ours{fill:#56b4e9}.other{fill:#8f8f8f}.whisker{stroke:#e6e6e6}
 .c0{stroke:#56b4e9;fill:#56b4e9}}
 </style>"""
-_DASHES = ("", "7 4", "2 3", "10 3 2 3", "1 5")
+_DASHES = ("", "7 4", "2 3", "10 3 2 3", "1 5", "12 6")
 
 
 @dataclass(frozen=True)

@@ -185,9 +185,9 @@ class Results:
             for line in lines:
                 results._add(json.loads(line))
         commit = results.machine["commit"]
-        measured = {case for (case, _), cell in results.cells.items() if cell.measured}
+        measured = [case for (case, _), cell in results.cells.items() if cell.measured]
         if results.ranks:
-            measured.add("ranks")
+            measured.append("ranks")
         results.sources = dict.fromkeys(measured, (path, commit))
         return results
 
