@@ -150,7 +150,7 @@ def _is_done(session: nox.Session, command: tuple[str, ...]) -> bool:
 def bench(session: nox.Session) -> None:
     """Measures: all cases, or those that are arguments; then writes their page.
 
-    An hour or two on a machine that does nothing else; as root, so that loads are cold.
+    Two hours and a half on an idle machine; as root, so that loads are cold.
     """
     install(session, "bench", "peers", "deepspeed")
     parts = [("python", "-m", "bench", *session.posargs)]
