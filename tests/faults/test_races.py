@@ -34,7 +34,7 @@ def all_at_once(*work: Callable[[], Any]) -> list[Future[Any]]:
 
 
 def test_of_many_processes_that_commit_a_tag_one_wins(cases, server, memory):
-    for number in range(cases.pick(8, 1000)):
+    for number in range(cases.pick(100, 1000)):
         root = memory / "race" / str(number)
         with cases.case(13, "8 processes commit one tag", number):
             racers = server.ask("race", root=str(root), tag="new", num_racers=8)
