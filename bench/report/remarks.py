@@ -73,12 +73,16 @@ REMARKS: dict[str, Remark] = {
         spent=(
             "Python, tensor by tensor, in threads that share one interpreter. Planning "
             "comes before the first byte: a fifth to a third of the time. Then each tensor "
-            "costs two calls of CRC-32, two combinations and a seal."
+            "costs a copy, a call of CRC-32 and a seal: 8 to 9 ms for the 767 in a chunk."
         ),
         tried=(
             "pickling without a call of `persistent_id` for each object (later plans 580 → "
             "217 ms for 10 000 tensors on a busy machine); using a recent save's pickle "
-            "again (244 → 125 ms), also where numbers in the state are others."
+            "again (244 → 125 ms), also where numbers in the state are others; looking at "
+            "tensors column by column (100 000 tensors: 1 134 → 898 ms, likewise); summing "
+            "a chunk of small pieces whole instead of combining their sums. A loop without "
+            "calls for the copies, and another for the seals, changed nothing: the time is "
+            "the memory's."
         ),
         remains=(
             "writing while the plan is still being made; summing many small tensors in "
