@@ -197,13 +197,14 @@ To repeat it, as root:
 python3 -m pip install nox && python3 -m nox -s faults
 ```
 
-*Long* is a run at the counts that are aimed for; *0.1 of long* a tenth of them, where
-that is more than the ordinary run of the tests. A case is survived if all that must hold held: what was acknowledged is there and loads
-to the last bit, nothing torn can be seen, errors name their cause, and the next engine
-goes on. A mutant is survived if it was caught. Rows 5 and 6 cut the power of file
-systems on images of their own: in row 5 all that the file system had not yet handed to
-its disk is lost, at any moment of a save; in row 6 also what the disk was not told to
-flush, in part and in any order.
+*Long* is a run at the counts that are aimed for, *0.1 of long* at a tenth of them, where
+that is more than the ordinary run of the tests; a fuzzer is run for some seconds. A case
+is survived if all that must hold held: what was acknowledged is there and loads to the
+last bit, nothing torn can be seen, errors name their cause, and the next engine goes on.
+A mutant is survived if it was caught. Rows 5 and 6 cut the power of file systems on images
+of their own: in row 5 all that the file system had not yet handed to its disk is lost, at
+any moment of a save; in row 6 also what the disk was not told to flush, in part and in any
+order.
 
 """
 
