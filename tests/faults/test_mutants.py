@@ -168,7 +168,7 @@ def files_of_others(template: Path) -> None:
 
 
 # Each mutant, and a row that it does not survive. Whose calls are in a wrong order is held
-# against the order itself: most cuts of the power meet a file system that was kind.
+# against the order itself: a cut of the power would have to fall between two of them.
 MUTANTS: dict[str, tuple[Mutant, Row]] = {
     "no file sync": (mutants.no_file_sync, order),
     "no directory sync": (mutants.no_directory_sync, order),
