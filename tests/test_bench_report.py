@@ -19,9 +19,11 @@ MACHINE = {
 WORKLOAD = {"nbytes": 1 << 20, "num_tensors": 20, "spread": 1, "is_nested": False}
 
 
-def written(path: Path, *failures: dict[str, str], **machine: object) -> Path:
+def written(
+    path: Path, *failures: dict[str, str], cell: str = "1 GiB", **machine: object
+) -> Path:
     """A file of results: one cell of the case `checksum`, of one of its contenders."""
-    about = {"case": "checksum", "cell": "1 GiB"}
+    about = {"case": "checksum", "cell": cell}
     told = [
         {"machine": MACHINE | machine, "scale": "tiny", "cases": ["checksum"]},
         {**about, "workload": WORKLOAD, "options": {}, "settings": {}, "repeats": 1},
@@ -69,6 +71,20 @@ def test_a_newer_file_that_tells_more_of_the_machine_stands_beside_an_older(
     cut = "aiockpt, checksums cut out"
     assert f"- checksum: 1 GiB: {raw}, {cut} (the disk was full)\n" in page
     assert "- throughput: 4 GiB\n" in page
+
+
+def test_a_run_that_was_stopped_in_a_case_hides_no_cell_of_an_older(
+    tmp_path: Path,
+) -> None:
+    old = written(tmp_path / "old.jsonl")
+    new = written(tmp_path / "new.jsonl", cell="2 GiB", commit="def")
+    docs = tmp_path / "docs"
+    assert page_of(old, new, docs=docs).returncode == 0
+    page = (docs / "performance.md").read_text(encoding="utf-8")
+    assert "\n### 1 GiB\n" in page
+    assert "\n### 2 GiB\n" in page
+    assert "commit `abc`: checksum (1 GiB); " in page
+    assert "commit `def`: checksum (2 GiB)." in page
 
 
 def test_results_of_two_machines_do_not_stand_on_one_page(tmp_path: Path) -> None:

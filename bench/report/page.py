@@ -137,8 +137,11 @@ def _missing(results: Results) -> str:
 def _files(results: Results) -> str:
     """Which numbers come from which file."""
     cases: dict[tuple[Path, str], list[str]] = {}
-    for case, source in results.sources.items():
-        cases.setdefault(source, []).append(case)
+    for (case, cell), source in results.sources.items():
+        files = {each for key, each in results.sources.items() if key[0] == case}
+        name = case if len(files) == 1 else f"{case} ({cell})"
+        if name not in cases.setdefault(source, []):
+            cases[source].append(name)
     links = {
         (path, commit): f"[`{path.name}`](results/{path.name}.txt), commit `{commit}`"
         for path, commit in cases

@@ -159,7 +159,8 @@ class Results:
         cells: By case and cell.
         ranks: How long ranks take to agree, a line for each number of them.
         failures: Why a whole cell, or some ranks, were not measured, by its name.
-        sources: By case, the file and the commit.
+        sources: By case and cell, the file and the commit; of ranks, which have no
+            cells, by `("ranks", "")`.
     """
 
     path: Path
@@ -167,7 +168,7 @@ class Results:
     scale: str
     cells: dict[tuple[str, str], CellResults] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
-    sources: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    sources: dict[tuple[str, str], tuple[Path, str]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -185,15 +186,17 @@ class Results:
             for line in lines:
                 results._add(json.loads(line))
         commit = results.machine["commit"]
-        measured = [case for (case, _), cell in results.cells.items() if cell.measured]
+        measured = [key for key, cell in results.cells.items() if cell.measured]
         if results.ranks:
-            measured.append("ranks")
+            measured.append(("ranks", ""))
         results.sources = dict.fromkeys(measured, (path, commit))
         return results
 
     @classmethod
     def merged(cls, parts: Sequence[Self]) -> Self:
-        """The cases of all parts; each as the last that has measured it.
+        """The cells of all parts; each as the last that has measured it.
+
+        A run that was stopped, or of one cell that failed, hides nothing of older ones.
 
         Raises:
             ValueError: They are of two machines, or of two scales.
@@ -203,12 +206,11 @@ class Results:
         for part in parts:
             if not part.is_comparable(last):
                 raise ValueError(f"{part.path} is not of the machine of {last.path}")
-            kept = {
+            merged.cells |= {
                 key: cell
-                for key, cell in merged.cells.items()
-                if key[0] not in part.sources
+                for key, cell in part.cells.items()
+                if key in part.sources or key not in merged.cells
             }
-            merged.cells = kept | part.cells
             merged.ranks = part.ranks or merged.ranks
             merged.sources |= part.sources
             merged.failures |= part.failures
