@@ -201,7 +201,7 @@ _shape = operator.attrgetter("shape")
 
 
 def _numbered(values: Iterable[Hashable]) -> list[int]:
-    """For each value the number by which it was met first, counting others."""
+    """Each value as a number: how many other values were met before it."""
     values = list(values)
     first = dict.fromkeys(values)
     if len(first) == len(values):

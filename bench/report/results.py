@@ -305,7 +305,7 @@ class Results:
 
 
 def read(paths: Sequence[Path], directory: Path) -> Results:
-    """The files that are named, or those of a directory; of each case the last.
+    """The files that are named, or those of a directory; of each cell the last.
 
     Raises:
         FileNotFoundError: There are none.
