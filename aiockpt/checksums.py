@@ -12,9 +12,10 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
-from isal.isal_zlib import crc32, crc32_combine
+from isal.isal_zlib import crc32_combine
 
 from aiockpt.image import Chunk
+from aiockpt.memory import crc32
 
 # In the time that it takes to combine two checksums so many bytes are summed, and that
 # without the interpreter's lock.

@@ -10,36 +10,39 @@ its storages gets it.
 __all__ = ["BulkRead", "Reads"]
 
 import asyncio
-import bisect
 import concurrent.futures
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import torch
-from isal.isal_zlib import crc32, crc32_combine
+from isal.isal_zlib import crc32_combine
 
 from aiockpt.errors import CorruptCheckpointError
-from aiockpt.loading.arenas import Arena
 from aiockpt.loading.filling import Target
 from aiockpt.loading.reading import Region, compare_header
-from aiockpt.loading.segments import Segment, Tile, segments
-from aiockpt.memory import copy_bytes
+from aiockpt.loading.runs import Block, Part, Run
+from aiockpt.loading.segments import Tile, segments
+from aiockpt.memory import copy_bytes, crc32
 from aiockpt.ring import Lease, Ring
 from aiockpt.staging.devices import Devices, InFlight, failed
 from aiockpt.staging.driver import DeviceCopy, DeviceError
 from aiockpt.storage.base import ReadFile
 from aiockpt.threads import run_blocking
 
-_ALIGNMENT: Final = 4096
 _PURPOSE: Final = "load"
 # A request for memory that is kept; long enough for any disk, short enough to be
 # summed while others read.
 _KEPT_BLOCK_BYTES: Final = 8 << 20
+# A request for the ring, to be summed and copied by a processor: those of all lanes
+# fit into its cache, so that the ring's memory is not asked again.
+_CACHED_BLOCK_BYTES: Final = 2 << 20
+# So many of them in one worker's turn: handing over each would take as long as its
+# copy.
+_BLOCKS_PER_TURN: Final = 4
 
 
 class Reads(NamedTuple):
@@ -61,70 +64,6 @@ class Reads(NamedTuple):
     fills: Mapping[str, Sequence[Target]] = MappingProxyType({})
     is_whole: bool = False
     progress: Callable[[int], None] | None = None
-
-
-class _Part(NamedTuple):
-    """What a block had of one tile: its checksum, or the bytes of a header."""
-
-    tile: int
-    nbytes: int
-    crc32: int
-    header: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """One request to the file system: the `index`th of its run."""
-
-    run: "_Run"
-    index: int
-    offset: int
-    nbytes: int
-
-    def pieces(self) -> Iterator[tuple[int, int, int]]:
-        """The tiles in it: `(tile, start, stop)`."""
-        segment = self.run.segment
-        start = max(self.offset, segment.start)
-        stop = min(self.offset + self.nbytes, segment.stop)
-        return self.run.pieces(start, stop)
-
-
-class _Run:
-    """A segment on its way from the file to memory."""
-
-    def __init__(self, segment: Segment, block_bytes: int) -> None:
-        self.segment = segment
-        self.base = segment.start // _ALIGNMENT * _ALIGNMENT
-        self.nbytes = -(-segment.stop // _ALIGNMENT) * _ALIGNMENT - self.base
-        self.num_left = -(-self.nbytes // block_bytes)
-        self.parts: list[list[_Part]] = [[]] * self.num_left
-        self.arena: Arena | None = None
-        self.num_kept = 0
-        self.crc32 = 0
-        # What `ready` says, for those who ask ten thousand times.
-        self.is_checked = False
-        self.ready: concurrent.futures.Future[None] = concurrent.futures.Future()
-        if self.num_left == 0:
-            self.ready.set_result(None)  # Empty regions at the start of a block.
-        self._block_bytes = block_bytes
-        self._starts = [tile.start for tile in segment.tiles]
-
-    def blocks(self) -> Iterator[_Block]:
-        for index, at in enumerate(range(0, self.nbytes, self._block_bytes)):
-            nbytes = min(self._block_bytes, self.nbytes - at)
-            yield _Block(self, index, self.base + at, nbytes)
-
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """The tiles in a range of the file: `(tile, start, stop)`."""
-        tiles = self.segment.tiles
-        first = bisect.bisect_right(self._starts, start) - 1
-        for index in range(max(first, 0), len(tiles)):
-            tile = tiles[index]
-            if tile.start >= stop:
-                return
-            piece = max(tile.start, start), min(tile.stop, stop)
-            if piece[0] < piece[1]:
-                yield index, *piece
 
 
 class BulkRead:
@@ -166,9 +105,12 @@ class BulkRead:
         self._stopped = threading.Event()
         nbytes = file.nbytes if reads.is_whole else None
         cut = segments(reads.regions, reads.kept, nbytes)
+        passing = (block_bytes, 1)
+        if not self.devices:
+            passing = (min(block_bytes, _CACHED_BLOCK_BYTES), _BLOCKS_PER_TURN)
+        kept = (_KEPT_BLOCK_BYTES, 1)
         self._runs = [
-            _Run(segment, _KEPT_BLOCK_BYTES if segment.is_kept else block_bytes)
-            for segment in cut
+            Run(segment, *(kept if segment.is_kept else passing)) for segment in cut
         ]
         self._run_of = {
             tile.region.name: run
@@ -262,12 +204,12 @@ class BulkRead:
 
         Errors go to those who wait.
         """
-        blocks = (block for run in self._runs for block in run.blocks())
+        turns = (turn for run in self._runs for turn in run.turns())
         self._loop = asyncio.get_running_loop()
         try:
             async with asyncio.TaskGroup() as lanes:
                 for _ in range(num_lanes):
-                    lanes.create_task(self._read_blocks(blocks, ring, workers))
+                    lanes.create_task(self._take_turns(turns, ring, workers))
         except BaseExceptionGroup as errors:
             self._fail(errors.exceptions[0])
             # The group's frames refer to it, and it to what was being read.
@@ -276,31 +218,25 @@ class BulkRead:
             # Whatever ended it, nobody is left waiting.
             self.stop()
 
-    async def _read_blocks(
+    async def _take_turns(
         self,
-        blocks: Iterator[_Block],
+        turns: Iterator[list[Block]],
         ring: Ring,
         workers: concurrent.futures.Executor,
     ) -> None:
-        for block in blocks:
+        for turn in turns:
             if self._stopped.is_set():
                 return
-            run = block.run
+            run = turn[0].run
             if run.segment.is_kept:
-                run.arena = run.arena or Arena(run.nbytes)
-                start = block.offset - run.base
-                view = run.arena.view[start : start + block.nbytes]
-                address = run.arena.address + start
-                await self._move(workers, block, view, address, is_pinned=False)
+                run.reserve()
+                await self._move(workers, turn, None)
                 continue
             lease = await self._lease(ring)
             try:
                 if self._stopped.is_set():
                     return
-                is_pinned = await self._pinned(lease, block.nbytes)
-                view = lease.view[: block.nbytes]
-                address = lease.address
-                await self._move(workers, block, view, address, is_pinned=is_pinned)
+                await self._move(workers, turn, lease)
             finally:
                 lease.release()
 
@@ -313,34 +249,33 @@ class BulkRead:
         finally:
             self._waiting.discard(lane)
 
+    async def _move(
+        self,
+        workers: concurrent.futures.Executor,
+        turn: list[Block],
+        lease: Lease | None,
+    ) -> None:
+        """Reads blocks, one after the other, and copies what is due."""
+        if not self.devices:
+            await run_blocking(workers, self._read_and_count, turn, lease)
+            return
+        (block,) = turn
+        assert self._copiers is not None
+        is_pinned = lease is not None and await self._pinned(lease, block.nbytes)
+        in_flight = InFlight(self._copiers)
+        land = partial(self._land, in_flight, is_pinned=is_pinned)
+        try:
+            parts = await run_blocking(workers, self._read, block, lease, land)
+        finally:
+            # Devices read the memory until then.
+            await in_flight.ended()
+        await run_blocking(workers, self._count, block, parts)
+
     async def _pinned(self, lease: Lease, nbytes: int) -> bool:
         for device in self.devices:
             assert self._copiers is not None
             return await self._copiers.memory.ready(lease.address, nbytes, device)
         return False
-
-    async def _move(
-        self,
-        workers: concurrent.futures.Executor,
-        block: _Block,
-        view: memoryview,
-        address: int,
-        *,
-        is_pinned: bool,
-    ) -> None:
-        """Reads a block to `view`, which is at `address`, and copies what is due."""
-        if not self.devices:
-            await run_blocking(workers, self._read_and_count, block, view, address)
-            return
-        assert self._copiers is not None
-        in_flight = InFlight(self._copiers)
-        land = partial(self._land, in_flight, is_pinned=is_pinned)
-        try:
-            parts = await run_blocking(workers, self._read, block, view, address, land)
-        finally:
-            # Devices read the memory until then.
-            await in_flight.ended()
-        await run_blocking(workers, self._count, block, parts)
 
     def _land(
         self,
@@ -359,16 +294,19 @@ class BulkRead:
         except DeviceError as error:
             raise failed(device, error) from error
 
-    def _read_and_count(self, block: _Block, view: memoryview, address: int) -> None:
-        self._count(block, self._read(block, view, address))
+    def _read_and_count(self, turn: list[Block], lease: Lease | None) -> None:
+        for block in turn:
+            if self._stopped.is_set():
+                return
+            self._count(block, self._read(block, lease))
 
     def _read(
         self,
-        block: _Block,
-        view: memoryview,
-        address: int,
+        block: Block,
+        lease: Lease | None,
         land: Callable[[int, Sequence[DeviceCopy]], object] | None = None,
-    ) -> list[_Part]:
+    ) -> list[Part]:
+        view, address = block.run.place(block, lease)
         with view:
             self._file.read_block(block.offset, view)
             parts = self._summed(block, view)
@@ -379,7 +317,7 @@ class BulkRead:
             self._reads.progress(sum(part.nbytes for part in parts))
         return parts
 
-    def _count(self, block: _Block, parts: list[_Part]) -> None:
+    def _count(self, block: Block, parts: list[Part]) -> None:
         """Notes that a block is there; the last of its run has the run checked."""
         run = block.run
         with self._lock:
@@ -392,7 +330,7 @@ class BulkRead:
             with self._lock, suppress(concurrent.futures.InvalidStateError):
                 run.ready.set_result(None)
 
-    def _copies(self, block: _Block, address: int) -> dict[int, list[DeviceCopy]]:
+    def _copies(self, block: Block, address: int) -> dict[int, list[DeviceCopy]]:
         """Copies what stays on the host; what is to be copied to devices, by device."""
         on_devices: dict[int, list[DeviceCopy]] = {}
         if not self._reads.fills:
@@ -411,8 +349,8 @@ class BulkRead:
                     on_devices.setdefault(target.device, []).append(piece)
         return on_devices
 
-    def _summed(self, block: _Block, view: memoryview) -> list[_Part]:
-        run, parts = block.run, list[_Part]()
+    def _summed(self, block: Block, view: memoryview) -> list[Part]:
+        run, parts = block.run, list[Part]()
         for index, first, last in block.pieces():
             tile = run.segment.tiles[index]
             at, nbytes = first - block.offset, last - first
@@ -422,7 +360,7 @@ class BulkRead:
             elif self._is_summed(tile):
                 with view[at : at + nbytes] as piece:
                     checksum = crc32(piece)
-            parts.append(_Part(index, nbytes, checksum, header))
+            parts.append(Part(index, nbytes, checksum, header))
         return parts
 
     def _is_summed(self, tile: Tile) -> bool:
@@ -430,7 +368,7 @@ class BulkRead:
             return True
         return tile.region is not None and tile.region.crc32 is not None
 
-    def _check(self, run: _Run) -> None:
+    def _check(self, run: Run) -> None:
         """Puts the parts together, and holds each region against its checksum."""
         tiles = run.segment.tiles
         sums = [0] * len(tiles)

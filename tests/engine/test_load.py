@@ -9,6 +9,7 @@ import torch
 
 import aiockpt
 from aiockpt.loading import arenas as arenas_module
+from aiockpt.loading.bulk import BulkRead
 from aiockpt.storage import local_read, local_write
 from gates import LIMIT_S, Gate, held, turns
 from thread_work import no_cycle_collector
@@ -103,8 +104,16 @@ async def test_a_load_that_fails_while_filling_raises_and_ends(engine, reads):
 
 @pytest.mark.parametrize("is_filling", [False, True])
 async def test_a_cancelled_load_writes_to_no_target_afterwards(
-    engine, reads, is_filling
+    engine, reads, monkeypatch, is_filling
 ):
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    class Stoppable(BulkRead):
+        def stop(self):
+            super().stop()
+            loop.call_soon_threadsafe(stopped.set)
+
+    monkeypatch.setattr("aiockpt.loading.reader.BulkRead", Stoppable)
     state = model_state()
     await saved(engine, state)
     target = torch.zeros_like(state["large"])
@@ -116,6 +125,8 @@ async def test_a_cancelled_load_writes_to_no_target_afterwards(
     task.cancel()
     done, _ = await asyncio.wait([task], timeout=0)
     assert not done, "it must outlast the block that is being read"
+    # A reader goes on to its next block without asking the loop.
+    await asyncio.wait_for(stopped.wait(), LIMIT_S)
     reads.gate.open()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -320,7 +331,7 @@ async def test_a_load_that_ends_badly_keeps_no_memory(
             super().__init__(nbytes)
             arenas.append(weakref.ref(self))
 
-    monkeypatch.setattr("aiockpt.loading.bulk.Arena", Arena)
+    monkeypatch.setattr("aiockpt.loading.runs.Arena", Arena)
     await saved(engine, model_state())
     path = root / "one" / "model.pt"
     data = bytearray(path.read_bytes())

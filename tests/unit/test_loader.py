@@ -706,7 +706,7 @@ def test_contiguous_targets_are_filled_by_way_of_the_ring_alone(path):
     into = {"a": base[500:1500], "b": base[2000:]}
     with (
         opened(path) as file,
-        mock.patch("aiockpt.loading.bulk.Arena", side_effect=AssertionError),
+        mock.patch("aiockpt.loading.runs.Arena", side_effect=AssertionError),
     ):
         load_opened(file, into=into)
     assert into["a"].eq(1).all()
