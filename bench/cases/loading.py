@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from bench.cases.base import Case, Cell
-from bench.cases.saving import DCP_THREAD, META, OURS, RAW, SAFETENSORS, TORCH
+from bench.cases.saving import DCP_THREAD, MANY, META, OURS, RAW, SAFETENSORS, TORCH
 from bench.contenders.raw import Writing
 from bench.measuring import Cache, Clock, can_drop_caches, touch_mapping
 from bench.sessions import Bench
 from bench.workloads import GIB, KIB, Scale, Workload
 
 _TAG = "step-1"
+_REPEATS = 5
 _TINY_TAG = "tiny"
 _TINY_KEY = "weight"
 _SNAPSHOT = "torchsnapshot take + fsync"
@@ -67,24 +68,25 @@ def _fresh(scale: Scale) -> Sequence[Cell]:
     limits = (RAW, "raw O_DIRECT, fresh memory")
     left, full = "1 GiB, right after the save", "1 GiB, from the page cache"
     return [
-        _cell(scale, "4 GiB", 4, (*limits, *contenders, DCP_THREAD, META), 5),
-        _cell(scale, left, 1, (*limits, *contenders), 5, cache=Cache.LEFT),
-        _cell(scale, full, 1, contenders, 5, cache=Cache.FULL),
+        _cell(scale, "4 GiB", 4, (*limits, *contenders, DCP_THREAD, META)),
+        _cell(scale, left, 1, (*limits, *contenders), cache=Cache.LEFT),
+        _cell(scale, full, 1, contenders, cache=Cache.FULL),
+        _cell(scale, MANY, 1, (RAW, *contenders), num_tensors=20_000),
     ]
 
 
 def _in_place(scale: Scale) -> Sequence[Cell]:
-    return [_cell(scale, "4 GiB", 4, (RAW, OURS, TORCH, _MMAPPED, SAFETENSORS), 5)]
+    return [_cell(scale, "4 GiB", 4, (RAW, OURS, TORCH, _MMAPPED, SAFETENSORS))]
 
 
 def _others(scale: Scale) -> Sequence[Cell]:
     contenders = (RAW, OURS, TORCH, DCP_THREAD, _SNAPSHOT, META)
-    return [_cell(scale, "0.5 GiB, in place", 0.5, contenders, 5)]
+    return [_cell(scale, "0.5 GiB, in place", 0.5, contenders)]
 
 
 def _partial(scale: Scale) -> Sequence[Cell]:
     contenders = (OURS, TORCH, SAFETENSORS, DCP_THREAD, _SNAPSHOT)
-    return [_cell(scale, "one of 300 tensors of 4 GiB", 4, contenders, 5)]
+    return [_cell(scale, "one of 300 tensors of 4 GiB", 4, contenders)]
 
 
 def _cell(
@@ -92,17 +94,17 @@ def _cell(
     name: str,
     gib: float,
     contenders: Sequence[str],
-    repeats: int,
     *,
     cache: Cache = Cache.EMPTY,
+    num_tensors: int = 300,
 ) -> Cell:
-    workload = Workload(scale.size(int(gib * GIB)), scale.number(300))
+    workload = Workload(scale.size(int(gib * GIB)), scale.number(num_tensors))
     # Who only looks whether it runs leaves the machine's caches alone.
     settings = {
         "is_partial": name.startswith("one of"),
         "cache": Cache.LEFT if scale is Scale.TINY else cache,
     }
-    return Cell(name, workload, contenders, scale.repeats(repeats), settings=settings)
+    return Cell(name, workload, contenders, scale.repeats(_REPEATS), settings=settings)
 
 
 _load_fresh = partial(_measure, is_in_place=False)

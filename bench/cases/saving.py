@@ -23,6 +23,7 @@ DCP_STAGED = "DCP async_save, staged in a thread"
 META = "torch_checkpointing + fsync"
 LIGHTNING = "Lightning AsyncCheckpointIO + fsync"
 SNAPSHOT = "torchsnapshot async_take + fsync"
+MANY = "1 GiB in 20 000 tensors"
 
 
 def measure(bench: Bench, tag: str) -> dict[str, float]:

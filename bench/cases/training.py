@@ -16,6 +16,7 @@ from bench.cases.saving import (
     DCP_PROCESS,
     DCP_STAGED,
     DCP_THREAD,
+    MANY,
     META,
     RAW,
     RAW_AT_ONCE,
@@ -193,15 +194,17 @@ def _step_cells(scale: Scale) -> Sequence[Cell]:
 
 
 def _python_cells(scale: Scale) -> Sequence[Cell]:
-    workload = Workload(scale.size(2 * GIB), scale.number(300))
+    few = Workload(scale.size(2 * GIB), scale.number(300))
+    many = Workload(scale.size(1 * GIB), scale.number(20_000))
     return [
         Cell(
-            "2 GiB",
+            name,
             workload,
             (RAW, RAW_AT_ONCE, _OURS, _IN_THREAD),
             scale.repeats(5),
             settings={"plain_s": scale.seconds(1.0)},
         )
+        for name, workload in (("2 GiB", few), (MANY, many))
     ]
 
 
