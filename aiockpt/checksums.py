@@ -17,8 +17,8 @@ from isal.isal_zlib import crc32_combine
 from aiockpt.image import Chunk
 from aiockpt.memory import crc32
 
-# In the time that it takes to combine two checksums so many bytes are summed, and that
-# without the interpreter's lock.
+# In the time that it takes to combine two checksums so many bytes are summed, and many
+# of them without the interpreter's lock.
 _COMBINED_BYTES: Final = 16 << 10
 
 

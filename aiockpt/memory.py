@@ -29,7 +29,12 @@ def copy_bytes(target: int, source: int, nbytes: int) -> None:
 
 
 def crc32(data: bytes | memoryview, start: int = 0) -> int:
-    """The CRC-32 of `data`, or of what has the CRC-32 `start` and `data` behind it."""
+    """The CRC-32 of `data`, or of what has the CRC-32 `start` and `data` behind it.
+
+    Args:
+        data: Bytes; a view must be flat, with items of one byte.
+        start: What to go on from.
+    """
     nbytes = len(data)
     if nbytes >= _UNLOCK_BYTES:
         return isal_zlib.crc32(data, start)

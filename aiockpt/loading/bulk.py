@@ -38,11 +38,9 @@ _PURPOSE: Final = "load"
 # summed while others read.
 _KEPT_BLOCK_BYTES: Final = 8 << 20
 # A request for the ring, to be summed and copied by a processor: those of all lanes
-# fit into its cache, so that the ring's memory is not asked again.
+# fit into its cache, so that the ring's memory is not asked again. A worker reads a
+# chunk's worth of them in a turn: handing over each would take as long as its copy.
 _CACHED_BLOCK_BYTES: Final = 2 << 20
-# So many of them in one worker's turn: handing over each would take as long as its
-# copy.
-_BLOCKS_PER_TURN: Final = 4
 
 
 class Reads(NamedTuple):
@@ -80,7 +78,7 @@ class BulkRead:
         self,
         file: ReadFile,
         reads: Reads,
-        block_bytes: int,
+        chunk_bytes: int,
         copiers: Devices | None = None,
     ) -> None:
         """Plans the read; `run` does it.
@@ -88,8 +86,7 @@ class BulkRead:
         Args:
             file: Must stay open until `run` has ended.
             reads: What to read.
-            block_bytes: Length of the longest request that goes through the ring, a
-                multiple of 4096.
+            chunk_bytes: Length of a chunk of the ring, a multiple of 4096.
             copiers: What copies to the devices that are to be filled.
         """
         self._file = file
@@ -105,9 +102,9 @@ class BulkRead:
         self._stopped = threading.Event()
         nbytes = file.nbytes if reads.is_whole else None
         cut = segments(reads.regions, reads.kept, nbytes)
-        passing = (block_bytes, 1)
-        if not self.devices:
-            passing = (min(block_bytes, _CACHED_BLOCK_BYTES), _BLOCKS_PER_TURN)
+        passing = (chunk_bytes, 1)
+        if not self.devices and chunk_bytes > _CACHED_BLOCK_BYTES:
+            passing = (_CACHED_BLOCK_BYTES, chunk_bytes // _CACHED_BLOCK_BYTES)
         kept = (_KEPT_BLOCK_BYTES, 1)
         self._runs = [
             Run(segment, *(kept if segment.is_kept else passing)) for segment in cut
@@ -179,7 +176,7 @@ class BulkRead:
         return total
 
     def stop(self) -> None:
-        """Begins no further block, and wakes whoever waits. From any thread."""
+        """Begins no further turn, and wakes whoever waits. From any thread."""
         self._fail(concurrent.futures.CancelledError())
         if self._loop is not None:
             with suppress(RuntimeError):  # The loop has ended: nobody waits there.
@@ -295,10 +292,15 @@ class BulkRead:
             raise failed(device, error) from error
 
     def _read_and_count(self, turn: list[Block], lease: Lease | None) -> None:
-        for block in turn:
-            if self._stopped.is_set():
-                return
-            self._count(block, self._read(block, lease))
+        try:
+            for block in turn:
+                if self._stopped.is_set():
+                    return
+                self._count(block, self._read(block, lease))
+        except BaseException:
+            # Others need not end their turns before the error is told.
+            self._stopped.set()
+            raise
 
     def _read(
         self,

@@ -44,18 +44,18 @@ class Reader:
     def __init__(
         self,
         begin: Callable[[BulkRead], Call[None]],
-        block_bytes: int,
+        chunk_bytes: int,
         devices: Devices | None = None,
     ) -> None:
         """Begins nothing yet.
 
         Args:
             begin: Starts `BulkRead.run` on the engine's loop.
-            block_bytes: Length of a chunk of the ring.
+            chunk_bytes: Length of a chunk of the ring.
             devices: What copies from the ring to devices, where that is done.
         """
         self._begin = begin
-        self._block_bytes = block_bytes
+        self._chunk_bytes = chunk_bytes
         self._devices = devices
         self._lock = threading.Lock()
         self._is_stopped = False
@@ -69,7 +69,7 @@ class Reader:
             concurrent.futures.CancelledError: `stop` was called.
             StagingError: A device that is to be copied to refuses.
         """
-        read = BulkRead(file, reads, self._block_bytes, self._devices)
+        read = BulkRead(file, reads, self._chunk_bytes, self._devices)
         self._settle(read.devices)
         with self._lock:
             if self._is_stopped:

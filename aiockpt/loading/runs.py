@@ -50,15 +50,16 @@ class Run:
     """A segment and how far it has been read.
 
     Attributes:
-        segment: What is read, and what the blocks begin and end around.
+        segment: What is wanted; the blocks reach to the next multiples of 4096.
         base: File offset of the first block.
         nbytes: Length of all blocks together.
         num_left: Blocks that have not been read.
         parts: What each block had, by its index; empty once the run is checked.
-        arena: The memory that is handed out, if it is to be, from the first block on.
+        arena: The memory that is handed out, if it is to be: from the first block on,
+            until all of it has been.
         num_kept: Storages that have yet to be handed out.
         crc32: Of the segment, once checked.
-        is_checked: Whether `ready` has a result, for those who ask ten thousand times.
+        is_checked: Whether it has been, for those who ask ten thousand times.
         ready: Done when the run is checked, or will not be.
     """
 

@@ -138,6 +138,24 @@ async def test_a_cancelled_load_writes_to_no_target_afterwards(
     assert torch.equal(target, version)
 
 
+async def test_a_reader_takes_short_blocks_where_bytes_pass_through_the_ring(
+    root, reads
+):
+    config = {"host_cache_size": 64 * MIB / (1 << 30), "parser_threads": 1}
+    state = model_state()
+    into = {"large": torch.zeros_like(state["large"])}
+    async with aiockpt.CheckpointEngine(root, config) as engine:
+        await saved(engine, state)
+        await engine.load("model.pt", into=into, strict=False)
+        passing = {nbytes for _, nbytes in reads.blocks}
+        reads.blocks.clear()
+        await engine.load("model.pt")
+        kept = {nbytes for _, nbytes in reads.blocks}
+    assert torch.equal(into["large"], state["large"])
+    assert max(passing) == 2 * MIB
+    assert max(kept) == 8 * MIB
+
+
 async def test_a_load_that_waits_for_its_turn_can_be_cancelled(engine, reads):
     await saved(engine, {"w": torch.ones(1000)})
     reads.hold()

@@ -128,7 +128,7 @@ def waits(_: object) -> None:
 
 BROKEN = {
     "planning": (saver, "run_blocking", at_once, "Pickler.dump"),
-    "checksumming": (local_write, "run_blocking", at_once, "isal.isal_zlib.crc32"),
+    "checksumming": (local_write, "run_blocking", at_once, "aiockpt.checksums.crc32"),
     "writing": (local_write.LocalWriteFile, "write", write_at_once, "os.pwrite"),
     "syncing": (local_write.LocalWriteFile, "sync", sync_at_once, "os.ftruncate"),
     "opening": (opening, "run_blocking", at_once, "os.lstat"),

@@ -36,11 +36,12 @@ def waiting_thread():
         with gate:
             had_it.append(True)
 
-    with gate:
-        thread = threading.Thread(target=wait)
-        thread.start()
-        sys.setswitchinterval(FOREVER_S)
+    thread = threading.Thread(target=wait)
     try:
+        with gate:
+            # From here on, the thread keeps the lock until it waits for the gate.
+            sys.setswitchinterval(FOREVER_S)
+            thread.start()
         yield had_it
     finally:
         sys.setswitchinterval(interval)
