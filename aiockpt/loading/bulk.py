@@ -292,15 +292,10 @@ class BulkRead:
             raise failed(device, error) from error
 
     def _read_and_count(self, turn: list[Block], lease: Lease | None) -> None:
-        try:
-            for block in turn:
-                if self._stopped.is_set():
-                    return
-                self._count(block, self._read(block, lease))
-        except BaseException:
-            # Others need not end their turns before the error is told.
-            self._stopped.set()
-            raise
+        for block in turn:
+            if self._stopped.is_set():
+                return
+            self._count(block, self._read(block, lease))
 
     def _read(
         self,

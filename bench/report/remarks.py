@@ -176,8 +176,8 @@ REMARKS: dict[str, Remark] = {
             "blocks of 2 MiB, four in a worker's turn, which stay in the processor's cache "
             "(4 GiB, in turns with one of 8 MiB, medians of eight: 1.59 → 1.36 s, and in "
             "another run 1.49 → 1.39; after it, on a newer kernel, 0.81 (0.70–0.82) × raw: "
-            "`bench/results/loading_2cores_20261129T0921_4181043.jsonl`); one such block a turn (no gain: handing it over "
-            "takes as long); summing and copying piece by piece (slower); four to twelve "
+            "`bench/results/loading_2cores_20261129T0921_4181043.jsonl`); one such block "
+            "a turn (no gain: handing it over takes as long); summing and copying piece by piece (slower); four to twelve "
             "readers (no difference)."
         ),
         remains=(
