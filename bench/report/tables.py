@@ -122,9 +122,9 @@ SECTIONS = [
         "throughput",
         "Durable throughput",
         "From the call of save until data, metadata and directories are on stable "
-        "storage. *Raw* writes as many bytes with `O_DIRECT`, one 8 MiB write after "
-        "the other or four at a time, and syncs: a yardstick, and no upper limit on "
-        "every disk. Ratios are to whichever was faster in the cell. Who is not here "
+        "storage. *Raw* writes as many bytes with `O_DIRECT` from 512 MiB of memory, one "
+        "8 MiB write after the other or four at a time, and syncs: a yardstick, and no "
+        "upper limit on every disk. Ratios are to whichever was faster in the cell. Who is not here "
         "is in *The field*: on a state of 4 GiB each would take minutes more.",
         _SAVED,
         _DURABLE,
