@@ -6,6 +6,7 @@ each measurement goes to a file in `bench/results/` (full scale) or to `--out`. 
 are cold where the page cache can be dropped, for which one has to be root.
 
 Run it on a machine that does nothing else. Times are comparable within a run only.
+Cases of GPUs are asked for by name (but at the tiny scale, where they run without one).
 """
 
 import argparse
@@ -13,6 +14,8 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
+
+import torch
 
 from bench.cases import CASES
 from bench.contenders import CONTENDERS
@@ -30,6 +33,7 @@ _PACKAGES = (
     "deepspeed",
     "torchsnapshot-nightly",
     "torch_checkpointing",
+    "nvidia-resiliency-ext",
     "isal",
     "aiofiles",
 )
@@ -50,16 +54,23 @@ def main() -> int:
     )
     parser.add_argument("--dir", type=Path, default=Path.cwd())
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="of a tree that came without its repository")
     arguments = parser.parse_args()
-    names = arguments.cases or known
-    if unknown := set(names) - set(known):
+    if unknown := set(arguments.cases) - set(known):
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    is_tiny = arguments.scale is Scale.TINY
+    on_gpu = {name for name, case in CASES.items() if case.needs_gpu}
+    names = arguments.cases or [name for name in known if is_tiny or name not in on_gpu]
+    if not (is_tiny or torch.cuda.is_available()) and on_gpu.intersection(names):
+        parser.error(f"on a GPU, or tiny: {', '.join(on_gpu.intersection(names))}")
     for path in swept(arguments.dir):
         print(f"left by another run, removed: {path}", file=sys.stderr)
-    about = machine(*_PACKAGES) | {"file_system": file_system(arguments.dir)}
+    about = machine(*_PACKAGES, commit=arguments.commit)
+    about["file_system"] = file_system(arguments.dir)
     out = arguments.out
     if out is None and arguments.scale is Scale.FULL:
-        out = results_file("suite", about)
+        # Apart: they are of other machines.
+        out = results_file("gpupeers" if on_gpu.issuperset(names) else "suite", about)
     with nullcontext(sys.stdout) if out is None else out.open("a") as lines:
         run = Run(arguments.scale, arguments.dir, lines, arguments.contenders)
         run.tell(machine=about, scale=arguments.scale, cases=names)

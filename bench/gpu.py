@@ -481,16 +481,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("no CUDA device")
     report = Report(arguments.results)
-    about = machine("cuda-bindings")
-    if arguments.commit is not None:
-        about["commit"] = arguments.commit
+    about = machine("cuda-bindings", commit=arguments.commit)
     free, total = torch.cuda.mem_get_info()
-    device = {
-        "device": torch.cuda.get_device_name(),
-        "device_bytes": total,
-        "free_bytes": free,
-        "cuda": torch.version.cuda,
-    }
+    device: dict[str, object] = {"device_bytes": total, "free_bytes": free}
     parent = arguments.directory or Path(tempfile.gettempdir())
     parent.mkdir(parents=True, exist_ok=True)
     device["file_system"] = file_system(parent)

@@ -5,6 +5,7 @@ __all__ = [
     "MIB",
     "Cache",
     "Clock",
+    "DeviceMemory",
     "Memory",
     "can_drop_caches",
     "figure",
@@ -39,8 +40,13 @@ _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # ------------------------------------------------------------- the machine
 
 
-def machine(*packages: str) -> dict[str, object]:
-    """The machine, the commit and the versions of torch and `packages`."""
+def machine(*packages: str, commit: str | None = None) -> dict[str, object]:
+    """The machine, the commit and the versions of torch and `packages`.
+
+    Args:
+        packages: Whose versions are told.
+        commit: What is measured, where the tree came without its repository.
+    """
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
     return {
         "cores": os.cpu_count(),
@@ -49,9 +55,16 @@ def machine(*packages: str) -> dict[str, object]:
         "kernel": platform.release(),
         "huge_pages": _huge_pages(),
         "python": platform.python_version(),
+        **_gpu(),
         **{name: _version(name) for name in ("torch", *packages)},
-        "commit": _commit(),
+        "commit": commit or _commit(),
     }
+
+
+def _gpu() -> dict[str, object]:
+    if not torch.cuda.is_available():
+        return {}
+    return {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
 
 
 def _huge_pages() -> str | None:
@@ -287,6 +300,22 @@ class Memory:
     def extra_bytes(self) -> int:
         """How far the mark has been above what was resident at the beginning."""
         return 1024 * _field("status", "VmHWM") - self._before
+
+
+class DeviceMemory:
+    """The high-water mark of what torch takes on a GPU, counted from here.
+
+    What others take there past torch's allocator is not seen.
+    """
+
+    def __init__(self) -> None:
+        """Remembers what is taken now."""
+        self._before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+
+    def extra_bytes(self) -> int:
+        """How far the mark has been above what was taken at the beginning."""
+        return torch.cuda.max_memory_allocated() - self._before
 
 
 def children_bytes() -> int:

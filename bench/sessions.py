@@ -70,6 +70,12 @@ class Bench:
         """Changes each tensor, so that an earlier save is not taken for this one."""
         for tensor in flatten(self.state).values():
             tensor[:1].add_(1)
+        self.settle()
+
+    def settle(self) -> None:
+        """Waits until the device, if there is one, has done all it was asked to."""
+        if self.workload.is_on_gpu:
+            torch.cuda.synchronize()
 
     def check(self, loaded: Mapping[str, Any], keys: list[str] | None = None) -> None:
         """Returns if what was loaded is what was saved, bit for bit.
@@ -89,7 +95,7 @@ class Bench:
         if expected.keys() != found.keys():
             raise ContenderError("not the tensors that were saved")
         for name, tensor in expected.items():
-            if not torch.equal(tensor, found[name]):
+            if not torch.equal(tensor, found[name].to(tensor.device)):
                 raise ContenderError(f"{name} is not what was saved")
 
 

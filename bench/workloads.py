@@ -60,12 +60,19 @@ class Workload:
             large as the smallest, with as many in each octave between.
         is_nested: Whether the tensors stand in dicts of dicts, as a model's and an
             optimizer's do, or in one flat dict.
+        device: Where the tensors are.
     """
 
     nbytes: int
     num_tensors: int = 300
     spread: int = 1
     is_nested: bool = False
+    device: str = "cpu"
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether the tensors are on a CUDA device."""
+        return torch.device(self.device).type == "cuda"
 
     @property
     def label(self) -> str:
@@ -85,13 +92,14 @@ class Workload:
         return [max(1, int(weight * unit)) for weight in weights]
 
     def state(self, memory: mmap.mmap) -> dict[str, Any]:
-        """The state dict, whose tensors are slices of `memory`."""
+        """The state dict, whose tensors are slices of `memory`, or copies on a GPU."""
         tensors: dict[str, Any] = {}
         offset = 0
         for index, numel in enumerate(self.numels()):
-            tensors[f"layers.{index}.weight"] = torch.frombuffer(
+            values = torch.frombuffer(
                 memory, dtype=torch.float32, count=numel, offset=offset
             )
+            tensors[f"layers.{index}.weight"] = values.to(self.device)
             offset += _aligned(4 * numel)
         return _nest(tensors) if self.is_nested else tensors
 

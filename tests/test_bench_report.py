@@ -20,12 +20,16 @@ WORKLOAD = {"nbytes": 1 << 20, "num_tensors": 20, "spread": 1, "is_nested": Fals
 
 
 def written(
-    path: Path, *failures: dict[str, str], cell: str = "1 GiB", **machine: object
+    path: Path,
+    *failures: dict[str, str],
+    case: str = "checksum",
+    cell: str = "1 GiB",
+    **machine: object,
 ) -> Path:
-    """A file of results: one cell of the case `checksum`, of one of its contenders."""
-    about = {"case": "checksum", "cell": cell}
+    """A file of results: one cell of a case, of one of its contenders."""
+    about = {"case": case, "cell": cell}
     told = [
-        {"machine": MACHINE | machine, "scale": "tiny", "cases": ["checksum"]},
+        {"machine": MACHINE | machine, "scale": "tiny", "cases": [case]},
         {**about, "workload": WORKLOAD, "options": {}, "settings": {}, "repeats": 1},
         {
             **about,
@@ -38,6 +42,15 @@ def written(
     ]
     path.write_text("".join(f"{json.dumps(line)}\n" for line in told))
     return path
+
+
+def figured(path: Path, gib: float, **medians: float) -> None:
+    """A file of `bench/gpu.py`, with some of its figures."""
+    told: list[object] = [{"machine": MACHINE, "case": {"gib": gib}}]
+    for name, median in medians.items():
+        about = {"figure": name, "median": median, "min": 0.0, "max": 9.0, "unit": "s"}
+        told.append(about)
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in told))
 
 
 def page_of(*results: Path, docs: Path) -> subprocess.CompletedProcess[str]:
@@ -93,3 +106,37 @@ def test_results_of_two_machines_do_not_stand_on_one_page(tmp_path: Path) -> Non
     ran = page_of(old, new, docs=tmp_path / "docs")
     assert ran.returncode != 0
     assert "not of the machine" in ran.stderr
+
+
+def test_what_was_measured_on_a_gpu_stands_beside_its_targets(tmp_path: Path) -> None:
+    told = {"staging/raw": 0.96, "durable/raw": 0.94, "stall, step after 1 s": 0.001}
+    figured(tmp_path / "gpu_16cores_20261129T1000_abc.jsonl", 4.0, **told)
+    page = tmp_path / "docs" / "performance.md"
+    assert page_of(written(tmp_path / "cpu.jsonl"), docs=page.parent).returncode == 0
+    rows = {
+        line.split("|")[1].strip(): line
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if "| one H100 or H200 |" in line
+    }
+    assert "s | met: [`gpu_16cores" in rows["device-to-host staging"]
+    assert "s | **missed**: [`gpu_16cores" in rows["durable throughput"]
+    # A target for 20 GB is neither met nor missed by less.
+    assert "| of 4.3 GB: " in rows["stall per 20 GB save, lazy"]
+    assert "| not measured: [`gpu_16cores" in rows["restore from disk"]
+
+
+def test_peers_on_a_gpu_have_a_section_with_their_machine(tmp_path: Path) -> None:
+    theirs = tmp_path / "gpupeers_16cores_20261129T1000_def.jsonl"
+    written(theirs, case="gpu_save", cell="2 GiB", cores=16, commit="def")
+    page = tmp_path / "docs" / "performance.md"
+    assert page_of(written(tmp_path / "cpu.jsonl"), docs=page.parent).returncode == 0
+    before, _, after = page.read_text(encoding="utf-8").partition("## On a GPU\n")
+    assert "Measured on 2 cores" in before
+    assert "needs a GPU, and was not run" in before
+    assert "gpu_save" not in before
+    assert "Measured on 16 cores" in after
+    assert "commit `def`" in after
+    assert "## Stall of a trainer on a GPU" in after
+    # Of that machine only what belongs to GPUs is missed.
+    assert "- gpu_load: 2 GiB\n" in after
+    assert "- throughput: 4 GiB\n" not in after

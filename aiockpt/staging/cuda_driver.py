@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import os
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
@@ -45,18 +46,24 @@ def _is_cuda_used() -> bool:
 
 
 class _Event:
-    """An event of one context, destroyed with its last reference."""
+    """An event of one context, destroyed with its last reference or with the driver."""
 
-    __slots__ = ("_end", "handle")
+    __slots__ = ("__weakref__", "_end", "handle")
 
     def __init__(self, handle: object, end: Callable[[object], None]) -> None:
         self.handle = handle
         self._end = end
 
-    def __del__(self) -> None:
+    def end(self) -> None:
+        """Destroys it, if that was not done before."""
+        handle, self.handle = self.handle, None
         # The context may be gone, or the interpreter on its way out.
         with contextlib.suppress(Exception):
-            self._end(self.handle)
+            if handle is not None:
+                self._end(handle)
+
+    def __del__(self) -> None:
+        self.end()
 
 
 class CudaDriver(Driver):
@@ -69,6 +76,7 @@ class CudaDriver(Driver):
         self._api: Any = None
         self._reason: Exception | None = None
         self._contexts: dict[int, Any] = {}
+        self._events = weakref.WeakSet[_Event]()
         self._has_batches: dict[int, bool] = {}
 
     # --- of tensors ---------------------------------------------------------------
@@ -153,6 +161,8 @@ class CudaDriver(Driver):
             )
             handle = self._done(api.cuEventCreate(flags))
             event = _Event(handle, lambda event: self._end_event(device, event))
+            with self._lock:
+                self._events.add(event)
             self._done(api.cuEventRecord(handle, stream))
             return event
 
@@ -293,6 +303,11 @@ class CudaDriver(Driver):
     @override
     def close(self) -> None:
         """See `Driver.close`."""
+        with self._lock:
+            events = [*self._events]
+        for event in events:
+            # An error may refer to it, until garbage is collected.
+            event.end()
         with self._lock:
             numbers = [*self._contexts]
             self._contexts.clear()

@@ -45,6 +45,7 @@ class Case:
         measure: Measures once, in a contender's process.
         prepare: Makes files, in a process that ends before measuring begins.
             Processes then live for one measurement, as on a restart.
+        needs_gpu: Whether it is asked only where there is a GPU, and by name.
     """
 
     name: str
@@ -52,3 +53,4 @@ class Case:
     cells: Callable[[Scale], Sequence[Cell]]
     measure: Measure
     prepare: Measure | None = None
+    needs_gpu: bool = False

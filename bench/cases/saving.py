@@ -7,7 +7,7 @@ from time import perf_counter, sleep
 
 from bench.cases.base import Case, Cell
 from bench.contenders.base import Options
-from bench.measuring import children_bytes
+from bench.measuring import DeviceMemory, children_bytes
 from bench.sessions import Bench
 from bench.workloads import GIB, MIB, Scale, Workload
 
@@ -39,6 +39,7 @@ def measure(bench: Bench, tag: str) -> dict[str, float]:
     contender.open_tag(tag)
     create_s = perf_counter() - start
     bench.memory.mark()
+    device_memory = DeviceMemory() if bench.workload.is_on_gpu else None
     begun = perf_counter()
     saving = contender.save(state, tag)
     saved = perf_counter()
@@ -52,6 +53,8 @@ def measure(bench: Bench, tag: str) -> dict[str, float]:
     told = saving.wait_durable()
     durable_s = perf_counter() - begun
     extra_bytes, beside_bytes = bench.memory.extra_bytes(), children_bytes()
+    if device_memory is not None:
+        told["extra_device_bytes"] = device_memory.extra_bytes()
     bench.check(contender.load(tag, state))
     contender.delete(tag)
     return {

@@ -4,6 +4,7 @@ __all__ = ["CONTENDERS", "ELSEWHERE"]
 
 from bench.contenders import (
     dcp,
+    nvrx_files,
     ours,
     raw,
     safetensors_files,
@@ -38,9 +39,11 @@ CONTENDERS: dict[str, type[Contender]] = {
         dcp.InThread,
         dcp.InProcess,
         dcp.Staged,
+        dcp.Pinned,
         torchsnapshot_files.Synchronous,
         torchsnapshot_files.InBackground,
         torch_checkpointing_files.Managed,
+        nvrx_files.Queued,
     )
 }
 
@@ -49,7 +52,6 @@ ELSEWHERE = {
     "DeepSpeed Fast and Decoupled engines": (
         "measured by `bench/deepspeed_saves.py`, in a DeepSpeed job (needs libaio)"
     ),
-    "nvidia-resiliency-ext": "needs a GPU",
     "DataStates-LLM": "needs a GPU: its engine is CUDA only",
     "pinned copies, device to host": "needs a GPU",
 }

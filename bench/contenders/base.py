@@ -1,6 +1,7 @@
 """What every contender is: four functions, and a word on what it promises."""
 
 __all__ = [
+    "NO_GPU",
     "Contender",
     "Options",
     "Saving",
@@ -27,6 +28,8 @@ import torch.distributed as dist
 from typing_extensions import override
 
 State = Mapping[str, Any]
+
+NO_GPU = "needs a GPU"
 
 
 @dataclass(frozen=True)

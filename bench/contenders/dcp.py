@@ -1,6 +1,6 @@
 """`torch.distributed.checkpoint`, with its own writer, in one process."""
 
-__all__ = ["InProcess", "InThread", "Staged", "Synchronous"]
+__all__ = ["InProcess", "InThread", "Pinned", "Staged", "Synchronous"]
 
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -13,6 +13,7 @@ import torch
 from typing_extensions import override
 
 from bench.contenders.base import (
+    NO_GPU,
     Contender,
     Done,
     Options,
@@ -106,6 +107,7 @@ class Staged(InThread):
     """
 
     name = "DCP async_save, staged in a thread"
+    is_pinned: ClassVar[bool] = False
 
     @override
     def setup(self, directory: Path, options: Options) -> None:
@@ -114,10 +116,10 @@ class Staged(InThread):
         super().setup(directory, options)
         self.stager = DefaultStager(
             StagingOptions(
-                use_pinned_memory=False,
+                use_pinned_memory=self.is_pinned,
                 use_shared_memory=False,
                 use_async_staging=True,
-                use_non_blocking_copy=False,
+                use_non_blocking_copy=self.is_pinned,
             )
         )
 
@@ -125,6 +127,18 @@ class Staged(InThread):
     def teardown(self) -> None:
         self.stager.close()
         super().teardown()
+
+
+class Pinned(Staged):
+    """The same, to pinned memory, which only a GPU has a use for."""
+
+    name = "DCP async_save, pinned, staged in a thread"
+    is_pinned = True
+
+    @override
+    @classmethod
+    def missing(cls) -> str | None:
+        return NO_GPU if not torch.cuda.is_available() else None
 
 
 @dataclass(frozen=True)

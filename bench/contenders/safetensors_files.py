@@ -50,10 +50,11 @@ class Synced(Contender):
         from safetensors.torch import load_file
 
         path = self.directory / tag / _FILE
+        device = str(next(iter(like.values())).device)
         if keys is not None:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="pt", device=device) as file:
                 return {key: file.get_tensor(key).clone() for key in keys}
-        state: dict[str, torch.Tensor] = load_file(path)
+        state: dict[str, torch.Tensor] = load_file(path, device=device)
         return copied_into(state, like) if is_in_place else state
 
 

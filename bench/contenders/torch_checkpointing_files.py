@@ -17,7 +17,7 @@ _INIT_S = 120
 
 
 class Managed(Contender):
-    """`CheckpointManager`, set as its documentation says for a machine without GPU."""
+    """`CheckpointManager`; without a GPU, set as its documentation says for that."""
 
     name = "torch_checkpointing + fsync"
     durability = (
@@ -40,8 +40,9 @@ class Managed(Contender):
         from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
         super().setup(directory, options)
+        has_gpu = torch.cuda.is_available()
         staging = CheckpointStagerConfig(
-            use_pinned_memory=False, use_non_blocking_copy=False
+            use_pinned_memory=has_gpu, use_non_blocking_copy=has_gpu
         )
         saver = AsyncCheckpointSaverConfig(
             staging_config=staging,

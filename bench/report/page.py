@@ -10,13 +10,13 @@ from typing import Any
 from bench.cases import CASES
 from bench.contenders import CONTENDERS, ELSEWHERE
 from bench.contenders.ours import OurEngine
-from bench.report import deepspeed
+from bench.report import deepspeed, gpu
 from bench.report.plots import Bar, Line, bars, lines
 from bench.report.remarks import REMARKS
-from bench.report.results import CellResults, Results
+from bench.report.results import CellResults, Results, read_newest
 from bench.report.tables import SECTIONS, Column, Section, table
-from bench.report.targets import GPU_TARGETS, TARGETS
-from bench.workloads import GIB
+from bench.report.targets import TARGETS
+from bench.workloads import GIB, Scale
 
 _HEAD = """\
 # Performance
@@ -90,17 +90,25 @@ def _parts(results: Results, page: Path, plots: Path) -> Iterator[str]:
     yield _HEAD + _source(results)
     yield _targets(results)
     yield _METHOD
+    yield from _sections(results, drawer)
+    yield _growth(results, drawer)
+    yield _stages(results)
+    yield deepspeed.section(results.path.parent)
+    if (on_gpu := read_newest(results.path.parent, "gpupeers")) is not None:
+        yield f"## On a GPU\n\n{_source(on_gpu)}"
+        yield from _sections(on_gpu, drawer)
+    yield _ranks(results)
+    yield _contenders(results)
+    yield _EARLIER.read_text(encoding="utf-8")
+
+
+def _sections(results: Results, drawer: "_Drawer") -> Iterator[str]:
+    """What was measured of the cases that are shown one by one."""
     for section in SECTIONS:
         for index, cell in enumerate(results.case(section.case)):
             if index == 0:
                 yield f"## {section.title}\n\n{section.text}\n\n"
             yield _cell(section, cell, drawer)
-    yield _growth(results, drawer)
-    yield _stages(results)
-    yield deepspeed.section(results.path.parent)
-    yield _ranks(results)
-    yield _contenders(results)
-    yield _EARLIER.read_text(encoding="utf-8")
 
 
 def _source(results: Results) -> str:
@@ -153,14 +161,6 @@ def _files(results: Results) -> str:
     return f"The numbers come from {told}."
 
 
-def _on_gpu(results: Results) -> str:
-    """Where the figures of `bench/gpu.py` are, if it was run."""
-    paths = sorted(results.path.parent.glob("gpu_*.jsonl"))
-    if not paths:
-        return "needs a GPU, and was not run"
-    return f"in [`{paths[-1].name}`](results/{paths[-1].name}.txt)"
-
-
 def _targets(results: Results) -> str:
     heads = "| metric | workload | target | measured | |\n|---|---|---|---|---|\n"
     rows = []
@@ -174,10 +174,7 @@ def _targets(results: Results) -> str:
         rows.append(
             f"| {target.metric} | {target.workload} | {aim} | {figure} | {word} |\n"
         )
-    gpu = "".join(
-        f"| {metric} | one H100 or H200 | {aim} | – | {_on_gpu(results)} |\n"
-        for metric, aim in GPU_TARGETS
-    )
+    on_gpu = gpu.rows(results.path.parent)
     # Every metric has one.
     known = {
         target.metric: REMARKS[target.metric] for target in TARGETS if target.metric
@@ -188,7 +185,7 @@ def _targets(results: Results) -> str:
         for metric, each in known.items()
     )
     return (
-        f"## Targets\n\n{heads}{''.join(rows)}{gpu}\n{_ADDED}\n"
+        f"## Targets\n\n{heads}{''.join(rows)}{on_gpu}\n{_ADDED}\n"
         f"Where the time goes, what was tried and what remains:\n\n{remarks}\n"
     )
 
@@ -340,11 +337,20 @@ def _contenders(results: Results) -> str:
         "| contender | when its save has ended | runs here |",
         "|---|---|---|",
     ]
+    asked = {
+        name
+        for case in CASES.values()
+        for cell in case.cells(Scale.FULL)
+        for name in cell.contenders
+        if not case.needs_gpu
+    }
     for name, contender in CONTENDERS.items():
         cells: list[Any] = list(results.cells.values())
         reasons = {cell.reasons[name] for cell in cells if name in cell.reasons}
         is_measured = any(name in cell.measured for cell in cells)
         words = ["yes"] if is_measured else []
+        if name not in asked:
+            words = ["asked only where there is a GPU"]
         words += [f"not everywhere: {_plain(reason)}" for reason in sorted(reasons)]
         lines.append(
             f"| {name} | {contender.durability} | {'; '.join(words) or 'not asked'} |"

@@ -1,6 +1,6 @@
 """Result files, as they were written, and the figures in them."""
 
-__all__ = ["CellResults", "Results", "Spread", "read"]
+__all__ = ["CellResults", "Results", "Spread", "read", "read_newest"]
 
 import json
 import statistics
@@ -217,6 +217,12 @@ class Results:
         return merged
 
     @property
+    def is_of_gpus(self) -> bool:
+        """Whether only cases of GPUs were asked."""
+        cases = {case for case, _ in self.cells}
+        return bool(cases) and all(CASES[case].needs_gpu for case in cases)
+
+    @property
     def missing(self) -> list[str]:
         """What the cases ask, at this scale, and nobody has measured."""
         scale = Scale(self.scale)
@@ -224,8 +230,11 @@ class Results:
             f"{case.name}: {cell.name}{told}"
             for case in CASES.values()
             for cell in case.cells(scale)
+            if case.needs_gpu == self.is_of_gpus
             if (told := self._absent(case.name, cell)) is not None
         ]
+        if self.is_of_gpus:
+            return absent
         measured = {(line["kind"], line["ranks"]) for line in self.ranks}
         for kind, numbers in world_sizes(scale).items():
             if lost := [str(n) for n in numbers if (kind, n) not in measured]:
@@ -320,6 +329,12 @@ def read(paths: Sequence[Path], directory: Path) -> Results:
     if not kept:
         raise FileNotFoundError(f"no suite_*.jsonl in {directory}")
     return Results.merged([each for each in kept if each.is_comparable(kept[-1])])
+
+
+def read_newest(directory: Path, program: str) -> Results | None:
+    """The newest file of a program in a directory; None where there is none."""
+    paths = sorted(directory.glob(f"{program}_*.jsonl"), key=_when)
+    return Results.of(paths[-1]) if paths else None
 
 
 def _because(reason: str | None) -> str:

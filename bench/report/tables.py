@@ -113,6 +113,19 @@ _LOADED = [
     Column("extra memory, MiB", _own("extra_rss_bytes", 1 / MIB), 0),
 ]
 _STALL = Column("stall, ms", _own("stall_s", 1e3))
+_STALLED = [
+    _STALL,
+    Column("of it in save, ms", _own("save_s", 1e3)),
+    Column("first stall, ms", _first("stall_s", 1e3)),
+    Column("first in save, ms", _first("save_s", 1e3)),
+    Column("planning in a worker, ms", _own("plan_s", 1e3)),
+    Column("first planning, ms", _first("plan_s", 1e3)),
+    Column("making the tag before, ms", _own("create_s", 1e3)),
+    Column("first making, ms", _first("create_s", 1e3)),
+    Column("made ready before step 1, ms", _first("begin_s", 1e3), 1),
+    Column("durable after, s", _own("durable_s")),
+    Column("extra memory, MiB", _own("extra_rss_bytes", 1 / MIB), 0),
+]
 _P50 = Column("median step, ×", _own("p50"))
 _CALLER = Column("caller's loop, longest, ms", _own("caller_max_s", 1e3), 1)
 _COMMIT = Column("commit, ms", _own("commit_s", 1e3))
@@ -167,19 +180,7 @@ SECTIONS = [
         "are in *The field*: their stall is the save. Only aiockpt has a ring: beside "
         "the small one stands DCP's default. torch_checkpointing is not in the cell of "
         "10 000 tensors: it has too many open files.",
-        [
-            _STALL,
-            Column("of it in save, ms", _own("save_s", 1e3)),
-            Column("first stall, ms", _first("stall_s", 1e3)),
-            Column("first in save, ms", _first("save_s", 1e3)),
-            Column("planning in a worker, ms", _own("plan_s", 1e3)),
-            Column("first planning, ms", _first("plan_s", 1e3)),
-            Column("making the tag before, ms", _own("create_s", 1e3)),
-            Column("first making, ms", _first("create_s", 1e3)),
-            Column("made ready before step 1, ms", _first("begin_s", 1e3), 1),
-            Column("durable after, s", _own("durable_s")),
-            Column("extra memory, MiB", _own("extra_rss_bytes", 1 / MIB), 0),
-        ],
+        _STALLED,
         _STALL,
     ),
     Section(
@@ -260,6 +261,34 @@ SECTIONS = [
         "into_all",
         "Load in place, the field",
         "Those that save to a directory of files, on a smaller state.",
+        _LOADED,
+        _LOAD_S,
+    ),
+    Section(
+        "gpu_save",
+        "Stall of a trainer on a GPU",
+        "As under *Stall*: a step of a second, then the wait for the tensors. Extra "
+        "memory on the device is what torch's allocator was asked for. Pinned memory "
+        "may not count as resident.",
+        [
+            *_STALLED,
+            Column("on the device, MiB", _own("extra_device_bytes", 1 / MIB), 0),
+            Column("in helper processes, MiB", _own("children_rss_bytes", 1 / MIB), 0),
+        ],
+        _STALL,
+    ),
+    Section(
+        "gpu_load",
+        "Load to a GPU",
+        "From the call until the device has all bytes; else as under *Load*. Raw reads "
+        "to the host only.",
+        _LOADED,
+        _LOAD_S,
+    ),
+    Section(
+        "gpu_into",
+        "Load in place, on a GPU",
+        "Into tensors that exist there. Raw reads to the host only.",
         _LOADED,
         _LOAD_S,
     ),

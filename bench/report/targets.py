@@ -1,6 +1,6 @@
 """The project's targets for a machine without GPU, held against results."""
 
-__all__ = ["GPU_TARGETS", "TARGETS", "Target", "Verdict"]
+__all__ = ["TARGETS", "Target", "Verdict"]
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -292,13 +292,3 @@ TARGETS: Sequence[Target] = [
     Target("checksum cost, load", _LOADED, "≤ 5 %", "load", "4 GiB", _overhead(_OURS, Unverified.name, "seconds")),
     Target("commit beyond the data", "8 files", "≤ 10 × raw (write, fsync, rename, fsync directory)", "commit", "8 files", _commit),
 ]  # fmt: skip
-
-GPU_TARGETS: Sequence[tuple[str, str]] = [
-    ("device-to-host staging", "≥ 95 % of the pinned copy rate"),
-    ("stall per 20 GB save, lazy", "≤ 40 ms"),
-    ("training throughput lost, save every 10 steps", "< 1 %"),
-    ("step inflation while copying", "≤ 1.05"),
-    ("durable throughput", "≥ 0.95 × raw disk"),
-    ("restore from page cache or /dev/shm to GPU", "≥ 50 GB/s"),
-    ("restore from disk", "≥ 0.9 × raw disk"),
-]

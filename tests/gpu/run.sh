@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Runs tests/gpu and bench/gpu.py on a machine with CUDA and its own torch, without a
-# registry. What else is needed is carried as wheels (tests/gpu/wheels.txt).
+# Runs tests/gpu, bench/gpu.py and the benchmark's GPU cases on a machine with CUDA and
+# its own torch, without a registry. What else is needed is carried as wheels
+# (tests/gpu/wheels.txt).
 #
-#   tests/gpu/run.sh WHEELS RESULTS [DIRECTORY] [GIB] [COMMIT]
+#   tests/gpu/run.sh WHEELS RESULTS [DIRECTORY] [GIB] [COMMIT] [STEPS]
 #
 # WHEELS     folder of wheels; they are installed beside the machine's own packages
-# RESULTS    folder for tests.txt and gpu.jsonl
+# RESULTS    folder for tests.txt, gpu.jsonl and gpupeers.jsonl
 # DIRECTORY  where checkpoints are written; by default a new temporary folder
-# GIB        size of the benchmark's state; 4 by default
+# GIB        size of the state of bench/gpu.py; 4 by default
 # COMMIT     what is measured, where the tree comes without its repository
+# STEPS      some of "tests figures peers"; by default all, which may take 12 minutes
 set -euo pipefail
 wheels=$(realpath "${1:?the folder of wheels}")
 mkdir -p "${2:?the folder for results}"
@@ -44,15 +46,31 @@ except DeviceError as error:
 print("device", torch.cuda.get_device_name())
 PYTHON
 
-# The benchmark is run even if a test fails; the script fails then, too.
-outcome=0
-# Neither is waited for longer than a lent machine is there. Plugins that the machine
-# has of its own stay out.
-export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-timeout --kill-after=10 240 python3 -m pytest tests/gpu -p no:cacheprovider -q \
-    -p pytest_asyncio.plugin -p pytest_timeout -p _hypothesis_pytestplugin \
-    --timeout=60 2>&1 | tee "$results/tests.txt" ||
-    outcome=$?
-timeout --kill-after=10 300 python3 -m bench.gpu --results "$results/gpu.jsonl" --gib "${4:-4}" \
-    ${3:+--directory "$3"} ${5:+--commit "$5"} || outcome=$?
+directory=${3:-$(mktemp -d)}
+mkdir -p "$directory"
+
+tests() {
+    # Plugins that the machine has of its own stay out.
+    PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 timeout --kill-after=10 240 \
+        python3 -m pytest tests/gpu -p no:cacheprovider -q \
+        -p pytest_asyncio.plugin -p pytest_timeout -p _hypothesis_pytestplugin \
+        --timeout=60 2>&1 | tee "$results/tests.txt"
+}
+
+figures() {
+    timeout --kill-after=10 300 python3 -m bench.gpu --directory "$directory" \
+        --results "$results/gpu.jsonl" --gib "$gib" ${commit:+--commit "$commit"}
+}
+
+peers() {
+    timeout --kill-after=10 300 python3 -m bench gpu_save gpu_load gpu_into \
+        --dir "$directory" --out "$results/gpupeers.jsonl" ${commit:+--commit "$commit"}
+}
+
+gib=${4:-4} commit=${5:-} outcome=0
+# What follows a step is run even if that fails; the script fails then, too. None is
+# waited for longer than a lent machine is there.
+for step in ${6:-tests figures peers}; do
+    "$step" || outcome=$?
+done
 exit "$outcome"

@@ -1,0 +1,335 @@
+/* A driver without a device, for the real bindings to call.
+
+   Copies are done at once, between addresses of the host. What no real driver would
+   take, or would take and crash on, is a fault: a call without a current context,
+   handles that are not alive, a batch that names memory which is not registered. Who
+   calls may have a function fail (`pretend_failing`), and reads what happened from
+   `pretended`. */
+
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef int result;
+typedef uint64_t address;
+
+enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
+enum { MAX_HANDLES = 1 << 16, MAX_PINNED = 1 << 10, FIRST_HANDLE = 0x1000 };
+enum { LEGACY_STREAM = 1, LEAST_PRIORITY = 0, CONTEXT = 0xc0de };
+
+/* What happened; read by name. */
+static struct {
+    int faults, contexts, streams, events, pinned, batches, batched, copies, records;
+    int follows, stream_flags, stream_priority, event_flags, pin_flags, order;
+    char fault[200];
+} told;
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static char handles[MAX_HANDLES]; /* 's': a stream, 'e': an event */
+static int num_handles;
+static struct { char *start; size_t nbytes; } pins[MAX_PINNED];
+static const char *failing = "";
+static int failing_with;
+static __thread int depth, mode;
+
+static result fault(const char *where, const char *what, result error) {
+    pthread_mutex_lock(&lock);
+    told.faults++;
+    snprintf(told.fault, sizeof told.fault, "%s: %s", where, what);
+    pthread_mutex_unlock(&lock);
+    return error;
+}
+
+#define FAIL_IF_ASKED() \
+    if (strcmp(__func__, failing) == 0) return failing_with
+#define NEED_CONTEXT() \
+    FAIL_IF_ASKED(); \
+    if (depth == 0) return fault(__func__, "no current context", INVALID_CONTEXT)
+#define NEED(condition) \
+    if (!(condition)) return fault(__func__, #condition, INVALID_VALUE)
+
+static int is_alive(uintptr_t handle, char kind) {
+    return handle >= FIRST_HANDLE && handle < FIRST_HANDLE + MAX_HANDLES &&
+           handles[handle - FIRST_HANDLE] == kind;
+}
+
+static int is_stream(uintptr_t handle) {
+    return handle == LEGACY_STREAM || is_alive(handle, 's');
+}
+
+static uintptr_t new_handle(char kind) {
+    pthread_mutex_lock(&lock);
+    int number = num_handles++ % MAX_HANDLES;
+    handles[number] = kind;
+    pthread_mutex_unlock(&lock);
+    return FIRST_HANDLE + number;
+}
+
+static void add(int *number, int more) { __atomic_add_fetch(number, more, __ATOMIC_SEQ_CST); }
+
+/* ------------------------------------------------------------- for the tests */
+
+int pretended(const char *name) {
+#define TELL(field) if (strcmp(name, #field) == 0) return told.field
+    TELL(faults); TELL(contexts); TELL(streams); TELL(events); TELL(pinned);
+    TELL(batches); TELL(batched); TELL(copies); TELL(records); TELL(follows);
+    TELL(stream_flags); TELL(stream_priority); TELL(event_flags); TELL(pin_flags);
+    TELL(order);
+    return -1;
+}
+
+const char *pretended_fault(void) { return told.fault; }
+
+int pretended_depth(void) { return depth; }
+
+void pretend_failing(const char *function, int with) {
+    static char name[100];
+    strncpy(name, function, sizeof name - 1);
+    failing = name;
+    failing_with = with;
+}
+
+/* ---------------------------------------------------------------- the driver */
+
+result cuInit(unsigned flags) { FAIL_IF_ASKED(); NEED(flags == 0); return SUCCESS; }
+
+result cuDriverGetVersion(int *version) { *version = 13000; return SUCCESS; }
+
+result cuGetErrorString(result error, const char **text) {
+    *text = error == 2 ? "out of memory" : "something else";
+    return SUCCESS;
+}
+
+result cuDeviceGet(int *device, int number) { NEED(number == 0); *device = 0; return SUCCESS; }
+
+result cuDeviceGetAttribute(int *value, int attribute, int device) {
+    NEED(device == 0);
+    /* CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM, and nothing else is asked for. */
+    NEED(attribute == 91);
+    *value = 1;
+    return SUCCESS;
+}
+
+result cuDeviceGetPCIBusId(char *text, int length, int device) {
+    NEED(device == 0);
+    snprintf(text, length, "0000:01:00.0");
+    return SUCCESS;
+}
+
+result cuDevicePrimaryCtxRetain(uintptr_t *context, int device) {
+    NEED(device == 0);
+    add(&told.contexts, 1);
+    *context = CONTEXT;
+    return SUCCESS;
+}
+
+result cuDevicePrimaryCtxRelease_v2(int device) {
+    NEED(device == 0 && told.contexts > 0);
+    add(&told.contexts, -1);
+    return SUCCESS;
+}
+
+result cuCtxPushCurrent_v2(uintptr_t context) {
+    NEED(context == CONTEXT && told.contexts > 0);
+    depth++;
+    return SUCCESS;
+}
+
+result cuCtxPopCurrent_v2(uintptr_t *context) {
+    NEED(depth > 0 && mode == 0);
+    depth--;
+    *context = CONTEXT;
+    return SUCCESS;
+}
+
+result cuThreadExchangeStreamCaptureMode(int *other) {
+    int before = mode;
+    NEED(*other >= 0 && *other <= 2);
+    mode = *other;
+    *other = before;
+    return SUCCESS;
+}
+
+result cuCtxSynchronize(void) { NEED_CONTEXT(); return SUCCESS; }
+
+result cuCtxGetStreamPriorityRange(int *least, int *greatest) {
+    NEED_CONTEXT();
+    *least = LEAST_PRIORITY;
+    *greatest = -5;
+    return SUCCESS;
+}
+
+result cuStreamCreateWithPriority(uintptr_t *stream, unsigned flags, int priority) {
+    NEED_CONTEXT();
+    told.stream_flags = flags;
+    told.stream_priority = priority;
+    add(&told.streams, 1);
+    *stream = new_handle('s');
+    return SUCCESS;
+}
+
+result cuStreamDestroy_v2(uintptr_t stream) {
+    NEED_CONTEXT();
+    NEED(is_alive(stream, 's'));
+    handles[stream - FIRST_HANDLE] = 0;
+    add(&told.streams, -1);
+    return SUCCESS;
+}
+
+result cuStreamSynchronize(uintptr_t stream) {
+    NEED_CONTEXT();
+    NEED(is_stream(stream));
+    return SUCCESS;
+}
+
+result cuStreamWaitEvent(uintptr_t stream, uintptr_t event, unsigned flags) {
+    NEED_CONTEXT();
+    NEED(is_stream(stream) && is_alive(event, 'e') && flags == 0);
+    add(&told.follows, 1);
+    return SUCCESS;
+}
+
+result cuEventCreate(uintptr_t *event, unsigned flags) {
+    NEED_CONTEXT();
+    told.event_flags = flags;
+    add(&told.events, 1);
+    *event = new_handle('e');
+    return SUCCESS;
+}
+
+result cuEventDestroy_v2(uintptr_t event) {
+    NEED_CONTEXT();
+    NEED(is_alive(event, 'e'));
+    handles[event - FIRST_HANDLE] = 0;
+    add(&told.events, -1);
+    return SUCCESS;
+}
+
+result cuEventRecord(uintptr_t event, uintptr_t stream) {
+    NEED_CONTEXT();
+    NEED(is_stream(stream) && is_alive(event, 'e'));
+    add(&told.records, 1);
+    return SUCCESS;
+}
+
+result cuEventSynchronize(uintptr_t event) {
+    NEED_CONTEXT();
+    NEED(is_alive(event, 'e'));
+    return SUCCESS;
+}
+
+result cuMemHostRegister_v2(void *start, size_t nbytes, unsigned flags) {
+    NEED_CONTEXT();
+    NEED(nbytes > 0 && (uintptr_t)start % 4096 == 0 && nbytes % 4096 == 0);
+    told.pin_flags = flags;
+    pthread_mutex_lock(&lock);
+    int number = 0;
+    while (number < MAX_PINNED && pins[number].nbytes) number++;
+    if (number < MAX_PINNED) {
+        pins[number].start = start;
+        pins[number].nbytes = nbytes;
+    }
+    pthread_mutex_unlock(&lock);
+    NEED(number < MAX_PINNED);
+    add(&told.pinned, 1);
+    return SUCCESS;
+}
+
+result cuMemHostUnregister(void *start) {
+    NEED_CONTEXT();
+    int is_found = 0;
+    pthread_mutex_lock(&lock);
+    for (int number = 0; number < MAX_PINNED; number++)
+        if (pins[number].nbytes && pins[number].start == start)
+            is_found = 1, pins[number].nbytes = 0;
+    pthread_mutex_unlock(&lock);
+    NEED(is_found);
+    add(&told.pinned, -1);
+    return SUCCESS;
+}
+
+static result copied(const char *who, address to, address from, size_t nbytes, uintptr_t stream) {
+    if (!is_stream(stream)) return fault(who, "no stream", INVALID_VALUE);
+    memcpy((void *)to, (void *)from, nbytes);
+    return SUCCESS;
+}
+
+result cuMemcpyDtoHAsync_v2(void *to, address from, size_t nbytes, uintptr_t stream) {
+    NEED_CONTEXT();
+    add(&told.copies, 1);
+    return copied(__func__, (address)to, from, nbytes, stream);
+}
+
+result cuMemcpyHtoDAsync_v2(address to, const void *from, size_t nbytes, uintptr_t stream) {
+    NEED_CONTEXT();
+    add(&told.copies, 1);
+    return copied(__func__, to, (address)from, nbytes, stream);
+}
+
+static int is_pinned(address start, size_t nbytes) {
+    /* Registered neighbours are one for a copy that crosses them. */
+    for (int number = 0; number < MAX_PINNED && nbytes; number++) {
+        address first = (address)pins[number].start, end = first + pins[number].nbytes;
+        if (pins[number].nbytes == 0 || start < first || start >= end) continue;
+        if (start + nbytes <= end) return 1;
+        nbytes -= end - start;
+        start = end;
+        number = -1;
+    }
+    return nbytes == 0;
+}
+
+result cuMemcpyBatchAsync_v2(address *to, address *from, size_t *lengths, size_t number,
+                             void *attributes, size_t *starts, size_t num_attributes,
+                             uintptr_t stream) {
+    NEED_CONTEXT();
+    NEED(number > 0 && num_attributes == 1 && starts[0] == 0);
+    NEED(stream != LEGACY_STREAM && is_stream(stream));
+    /* It comes first in each of them. */
+    memcpy(&told.order, attributes, sizeof told.order);
+    for (size_t index = 0; index < number; index++) {
+        NEED(lengths[index] > 0);
+        NEED(is_pinned(to[index], lengths[index]) != is_pinned(from[index], lengths[index]));
+        result error = copied(__func__, to[index], from[index], lengths[index], stream);
+        if (error) return error;
+    }
+    add(&told.batches, 1);
+    add(&told.batched, (int)number);
+    return SUCCESS;
+}
+
+result cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64_t flags,
+                           int *status) {
+    static const struct { const char *name; void *function; } known[] = {
+#define KNOWN(name) {#name, name}
+        KNOWN(cuInit), KNOWN(cuDriverGetVersion), KNOWN(cuGetErrorString),
+        KNOWN(cuDeviceGet), KNOWN(cuDeviceGetAttribute), KNOWN(cuDeviceGetPCIBusId),
+        KNOWN(cuDevicePrimaryCtxRetain), KNOWN(cuThreadExchangeStreamCaptureMode),
+        KNOWN(cuCtxSynchronize), KNOWN(cuCtxGetStreamPriorityRange),
+        KNOWN(cuStreamCreateWithPriority), KNOWN(cuStreamSynchronize),
+        KNOWN(cuStreamWaitEvent), KNOWN(cuEventCreate), KNOWN(cuEventRecord),
+        KNOWN(cuEventSynchronize), KNOWN(cuMemHostUnregister),
+        {"cuDevicePrimaryCtxRelease", cuDevicePrimaryCtxRelease_v2},
+        {"cuCtxPushCurrent", cuCtxPushCurrent_v2},
+        {"cuCtxPopCurrent", cuCtxPopCurrent_v2},
+        {"cuStreamDestroy", cuStreamDestroy_v2},
+        {"cuEventDestroy", cuEventDestroy_v2},
+        {"cuMemHostRegister", cuMemHostRegister_v2},
+        {"cuMemcpyDtoHAsync", cuMemcpyDtoHAsync_v2},
+        {"cuMemcpyHtoDAsync", cuMemcpyHtoDAsync_v2},
+        {"cuGetProcAddress", cuGetProcAddress_v2},
+    };
+    *function = NULL;
+    if (status) *status = 1;
+    /* Before 13.0 it had another signature, which nobody is given here. */
+    if (strcmp(symbol, "cuMemcpyBatchAsync") == 0 && version >= 13000 &&
+        getenv("PRETENDED_WITHOUT_BATCHES") == NULL)
+        *function = cuMemcpyBatchAsync_v2;
+    for (size_t index = 0; index < sizeof known / sizeof *known; index++)
+        if (strcmp(symbol, known[index].name) == 0) *function = known[index].function;
+    if (*function == NULL) return NOT_FOUND;
+    if (status) *status = 0;
+    return SUCCESS;
+}
