@@ -58,7 +58,7 @@ class Queued(Synced):
 
     @override
     def teardown(self) -> None:
-        self._queue.close()
+        self._queue.finalize_async_save(blocking=True, terminate=True)
         self._group.close()
 
 
