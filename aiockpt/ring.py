@@ -17,9 +17,10 @@ import mmap
 
 from aiockpt.errors import InvalidArgumentError
 
-# Big enough that one hand-over between threads per chunk costs nothing beside the
-# copy, small enough that a ring of a few hundred MiB keeps all workers busy.
-_CHUNK_BYTES = 8 << 20
+# Big enough that the hand-overs between threads, some for each chunk, cost little beside
+# the copy (a trainer that runs plain Python lets each wait for milliseconds), small
+# enough that a ring of a few hundred MiB keeps all workers busy.
+_CHUNK_BYTES = 16 << 20
 _MIN_CHUNKS = 8
 _ALIGNMENT = mmap.PAGESIZE
 

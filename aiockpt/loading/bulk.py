@@ -38,9 +38,10 @@ _PURPOSE: Final = "load"
 # summed while others read.
 _KEPT_BLOCK_BYTES: Final = 8 << 20
 # A request for the ring, to be summed and copied by a processor: those of all lanes
-# fit into its cache, so that the ring's memory is not asked again. A worker reads a
-# chunk's worth of them in a turn: handing over each would take as long as its copy.
+# fit into its cache, so that the ring's memory is not asked again. A worker reads some
+# of them in a turn: handing over each would take as long as its copy.
 _CACHED_BLOCK_BYTES: Final = 2 << 20
+_TURN_BYTES: Final = 8 << 20
 
 
 class Reads(NamedTuple):
@@ -104,7 +105,8 @@ class BulkRead:
         cut = segments(reads.regions, reads.kept, nbytes)
         passing = (chunk_bytes, 1)
         if not self.devices and chunk_bytes > _CACHED_BLOCK_BYTES:
-            passing = (_CACHED_BLOCK_BYTES, chunk_bytes // _CACHED_BLOCK_BYTES)
+            turn_bytes = min(chunk_bytes, _TURN_BYTES)
+            passing = (_CACHED_BLOCK_BYTES, turn_bytes // _CACHED_BLOCK_BYTES)
         kept = (_KEPT_BLOCK_BYTES, 1)
         self._runs = [
             Run(segment, *(kept if segment.is_kept else passing)) for segment in cut

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Final, Protocol
 
 # 128 MiB in chunks of their usual size.
-_MAX_CHUNKS: Final = 16
+_MAX_CHUNKS: Final = 8
 
 
 class Hasty(Protocol):

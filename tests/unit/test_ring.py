@@ -60,9 +60,9 @@ async def waiting(ring: Ring) -> "asyncio.Task[Lease]":
 def test_a_chunk_is_a_few_aligned_mib_and_at_least_eight_make_a_ring(capacity_bytes):
     chunk_bytes = chunk_bytes_for(capacity_bytes)
     assert chunk_bytes % mmap.PAGESIZE == 0
-    assert MIB <= chunk_bytes <= 8 * MIB
+    assert MIB <= chunk_bytes <= 16 * MIB
     assert capacity_bytes // chunk_bytes >= NUM_CHUNKS
-    assert chunk_bytes == 8 * MIB or capacity_bytes < 64 * MIB
+    assert chunk_bytes == 16 * MIB or capacity_bytes < 128 * MIB
 
 
 @given(st.integers(8 * MIB, 256 * MIB))
