@@ -39,8 +39,8 @@ _GAP = Remark(
         "`preflight` collects garbage once, before step 1."
     ),
     remains=(
-        "the gaps of 15 to 30 ms of later saves were not taken apart. Without a preflight "
-        "the collector's first run is left: not ours to forbid."
+        "without a preflight the collector's first run: not ours to forbid. On a busier "
+        "machine later saves had gaps of 15 to 30 ms (results of 2026-11-28)."
     ),
 )
 _STEPS = Remark(
@@ -49,24 +49,34 @@ _STEPS = Remark(
         "write. All that a save costs a trainer stands in the column *lost*."
     ),
     tried="direct writes, which cost the kernel a tenth of buffered ones; lower priority.",
-    remains="on one core a save is short and dense, a thread with `torch.save` long and thin.",
+    remains=(
+        "the faster a save is, the denser: here 1 GiB takes a third of a second, in which "
+        "both cores are taken, and the others' take one to three; all in all a save of "
+        "theirs costs the trainer as much or more (*lost*). Nothing slows a save down for "
+        "a trainer that needs all the cores."
+    ),
 )
 
 REMARKS: dict[str, Remark] = {
     "durable throughput": Remark(
         spent=(
-            "the disk, where it is slow: everybody waits for it, and no ratio can be "
-            "larger than what the others take beyond it. Where it is fast, three things "
-            "that overlap for all chunks but the first and the last: copying 8 MiB (1.6 "
-            "ms of a core), its CRC-32 (0.8 ms) and the disk (3.3 ms at 2.4 GiB/s)."
+            "the disk: 4 GiB take 0.65 s of processor time, where both cores together have "
+            "more than two. How fast this disk is depends on the memory it is written from: "
+            "the raw loop, in turns over six pieces of memory in one process, took 1.0 to "
+            "1.8 s, each piece always its own (so raw writes from 512 MiB here). Where a "
+            "disk is slow, everybody waits for it, and no ratio can be larger than what the "
+            "others take beyond it."
         ),
         tried=(
-            "direct writes of 8 MiB from several threads; room reserved beforehand; "
-            "opening the file beside the first copies; one fsync a file, by its worker."
+            "direct writes from several threads; room reserved beforehand; opening the file "
+            "beside the first copies; one fsync a file, by its worker; chunks of 16 MiB, "
+            "since 1ef6e38 (0.66 → 0.58 s of processor time, in the same time); summing "
+            "what has just been copied, in one thread and in two (no gain)."
         ),
         remains=(
-            "the beginning (plan, first copy) and the end (fsync of the file, then six "
-            "small ones of the commit, one after the other), in the table below."
+            "copies, sums and the disk share the memory's bandwidth. The beginning (plan, "
+            "first copy) and the end (fsync of the file, then six small ones of the commit) "
+            "are milliseconds, in the table below."
         ),
     ),
     "durable throughput, small tensors": Remark(
@@ -115,17 +125,23 @@ REMARKS: dict[str, Remark] = {
     ),
     "durable throughput under a GIL-bound trainer": Remark(
         spent=(
-            "two cores, and the interpreter's lock: a trainer that never waits gives it "
-            "away only when asked to, and the threads that copy, sum and write want it "
-            "for a moment between two calls."
+            "the interpreter's lock: a trainer that never waits gives it away only when "
+            "asked to, after up to 5 ms, and the threads that copy, sum and write want it "
+            "for a moment between two calls: some seven times a chunk, so that a fast disk "
+            "waits for the threads."
         ),
         tried=(
-            "large chunks, so that there are few such moments; lower priority; copies and "
+            "chunks of 16 MiB, since 1ef6e38, so that there are fewer such moments (2 GiB in "
+            "300 tensors, four rounds in turns: 3.8 → 2.9 s; with 32 MiB 2.5 s, but small "
+            "states then take longer); lower priority; copies and "
             "sums of less than 128 KiB that keep the lock (20 000 tensors of 53 KiB, 1 "
             "GiB, beside a thread of pure Python, three rounds in turns: a save 13.1 → "
             "3.3 s, a fresh load 8.6 → 5.6 s)."
         ),
-        remains="a process of its own for the writing, which would cost a second ring.",
+        remains=(
+            "two waits a tensor, for its copy and its sum: they need a call that does many "
+            "without the lock, which no library here has, or a process of its own."
+        ),
     ),
     "peak host memory": Remark(
         spent="the ring, and a few MiB of plan.",
@@ -142,7 +158,10 @@ REMARKS: dict[str, Remark] = {
             "ISA-L's CRC-32; record sums combined to that of the file, so that no byte is "
             "summed twice."
         ),
-        remains="it varies with the disk, which lets it hide or not: compare on a fast one.",
+        remains=(
+            "it varies with the disk, which lets it hide or not: compare on a fast one. "
+            "Summing right behind the copy, from the cache, gained nothing in the whole."
+        ),
     ),
     "commit beyond the data": Remark(
         spent=(
@@ -175,9 +194,8 @@ REMARKS: dict[str, Remark] = {
         tried=(
             "blocks of 2 MiB, four in a worker's turn, which stay in the processor's cache "
             "(4 GiB, in turns with one of 8 MiB, medians of eight: 1.59 → 1.36 s, and in "
-            "another run 1.49 → 1.39; after it, on a newer kernel, 0.81 (0.70–0.82) × raw: "
-            "`bench/results/loading_2cores_20261129T0921_4181043.jsonl`); one such block "
-            "a turn (no gain: handing it over takes as long); summing and copying piece by piece (slower); four to twelve "
+            "another run 1.49 → 1.39); one such block a turn (no gain: handing it over "
+            "takes as long); summing and copying piece by piece (slower); four to twelve "
             "readers (no difference)."
         ),
         remains=(
