@@ -31,7 +31,7 @@ _MADV_POPULATE_WRITE = 23
 
 
 def chunk_bytes_for(capacity_bytes: int) -> int:
-    """The chunk size of a ring: a few MiB, at least eight to the ring, aligned."""
+    """The chunk size of a ring: up to 16 MiB, at least eight to the ring, aligned."""
     chunk_bytes = min(_CHUNK_BYTES, capacity_bytes // _MIN_CHUNKS)
     return chunk_bytes // _ALIGNMENT * _ALIGNMENT
 

@@ -77,12 +77,19 @@ class Bench:
         if self.workload.is_on_gpu:
             torch.cuda.synchronize()
 
-    def check(self, loaded: Mapping[str, Any], keys: list[str] | None = None) -> None:
+    def check(
+        self,
+        loaded: Mapping[str, Any],
+        keys: list[str] | None = None,
+        *,
+        must_be_placed: bool = False,
+    ) -> None:
         """Returns if what was loaded is what was saved, bit for bit.
 
         Args:
             loaded: It.
             keys: Which tensors it should be; by default all.
+            must_be_placed: Whether on the device that it was saved from.
         """
         raw = loaded.get("raw")
         if isinstance(raw, RawBytes):
@@ -95,6 +102,8 @@ class Bench:
         if expected.keys() != found.keys():
             raise ContenderError("not the tensors that were saved")
         for name, tensor in expected.items():
+            if must_be_placed and found[name].device != tensor.device:
+                raise ContenderError(f"{name} is not on {tensor.device}")
             if not torch.equal(tensor, found[name].to(tensor.device)):
                 raise ContenderError(f"{name} is not what was saved")
 

@@ -46,7 +46,8 @@ def written(
 
 def figured(path: Path, gib: float, **medians: float) -> None:
     """A file of `bench/gpu.py`, with some of its figures."""
-    told: list[object] = [{"machine": MACHINE, "case": {"gib": gib}}]
+    machine = MACHINE | {"device": "NVIDIA H200"}
+    told: list[object] = [{"machine": machine, "case": {"gib": gib}}]
     for name, median in medians.items():
         about = {"figure": name, "median": median, "min": 0.0, "max": 9.0, "unit": "s"}
         told.append(about)
@@ -109,7 +110,13 @@ def test_results_of_two_machines_do_not_stand_on_one_page(tmp_path: Path) -> Non
 
 
 def test_what_was_measured_on_a_gpu_stands_beside_its_targets(tmp_path: Path) -> None:
-    told = {"staging/raw": 0.96, "durable/raw": 0.94, "stall, step after 1 s": 0.001}
+    told = {
+        "staging/raw": 0.96,
+        "durable/raw": 0.94,
+        "stall, step after 1 s": 0.001,
+        "restore from disk, cold, into/raw": 1.5,
+        "share of the file cached, cold": 0.9,
+    }
     figured(tmp_path / "gpu_16cores_20261129T1000_abc.jsonl", 4.0, **told)
     page = tmp_path / "docs" / "performance.md"
     assert page_of(written(tmp_path / "cpu.jsonl"), docs=page.parent).returncode == 0
@@ -122,7 +129,8 @@ def test_what_was_measured_on_a_gpu_stands_beside_its_targets(tmp_path: Path) ->
     assert "s | **missed**: [`gpu_16cores" in rows["durable throughput"]
     # A target for 20 GB is neither met nor missed by less.
     assert "| of 4.3 GB: " in rows["stall per 20 GB save, lazy"]
-    assert "| not measured: [`gpu_16cores" in rows["restore from disk"]
+    assert "| not cold: " in rows["restore from disk"]
+    assert "| not measured: [`gpu_16cores" in rows["step inflation while copying"]
 
 
 def test_peers_on_a_gpu_have_a_section_with_their_machine(tmp_path: Path) -> None:

@@ -176,8 +176,12 @@ class CudaDriver(Driver):
     @override
     def follow(self, device: int, stream: Any, event: _Event) -> None:
         """See `Driver.follow`."""
-        with self._on(device) as api:
-            self._done(api.cuStreamWaitEvent(stream, event.handle, 0))
+        # A trainer may come here while the engine is closed.
+        with self._lock:
+            if event.handle is None:
+                raise DeviceError("the engine has been closed")
+            with self._on(device) as api:
+                self._done(api.cuStreamWaitEvent(stream, event.handle, 0))
 
     @override
     def wait(self, device: int, event: _Event) -> None:
@@ -304,11 +308,9 @@ class CudaDriver(Driver):
     def close(self) -> None:
         """See `Driver.close`."""
         with self._lock:
-            events = [*self._events]
-        for event in events:
-            # An error may refer to it, until garbage is collected.
-            event.end()
-        with self._lock:
+            # An error may refer to them, until garbage is collected.
+            for event in [*self._events]:
+                event.end()
             numbers = [*self._contexts]
             self._contexts.clear()
         for number in numbers:

@@ -69,7 +69,7 @@ def _measure(bench: Bench, tag: str, *, is_in_place: bool) -> dict[str, float]:
         if is_mapped and not bench.workload.is_on_gpu:
             touch_mapping(contender.directory)
         bench.settle()
-    bench.check(loaded, keys)
+    bench.check(loaded, keys, must_be_placed=True)
     return {"is_cold": cache is Cache.EMPTY, **clock.costs()}
 
 

@@ -95,7 +95,7 @@ def _parts(results: Results, page: Path, plots: Path) -> Iterator[str]:
     yield _stages(results)
     yield deepspeed.section(results.path.parent)
     if (on_gpu := read_newest(results.path.parent, "gpupeers")) is not None:
-        yield f"## On a GPU\n\n{_source(on_gpu)}"
+        yield f"## On a GPU\n\n{_source(on_gpu)}{_without(on_gpu)}"
         yield from _sections(on_gpu, drawer)
     yield _ranks(results)
     yield _contenders(results)
@@ -109,6 +109,16 @@ def _sections(results: Results, drawer: "_Drawer") -> Iterator[str]:
             if index == 0:
                 yield f"## {section.title}\n\n{section.text}\n\n"
             yield _cell(section, cell, drawer)
+
+
+def _without(results: Results) -> str:
+    """Who does not run on the machine, and why."""
+    reasons = {
+        f"- {name}: {_plain(reason)}\n"
+        for cell in results.cells.values()
+        for name, reason in cell.reasons.items()
+    }
+    return f"Not there:\n\n{''.join(sorted(reasons))}\n" if reasons else ""
 
 
 def _source(results: Results) -> str:

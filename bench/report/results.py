@@ -156,6 +156,7 @@ class Results:
         path: The file, or the newest.
         machine: Where it was measured, and what.
         scale: How much was measured.
+        asked: The cases that the last was to measure.
         cells: By case and cell.
         ranks: How long ranks take to agree, a line for each number of them.
         failures: Why a whole cell, or some ranks, were not measured, by its name.
@@ -166,6 +167,7 @@ class Results:
     path: Path
     machine: dict[str, Any]
     scale: str
+    asked: Sequence[str] = ()
     cells: dict[tuple[str, str], CellResults] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
     sources: dict[tuple[str, str], tuple[Path, str]] = field(default_factory=dict)
@@ -182,7 +184,7 @@ class Results:
             head = json.loads(next(lines))
             if "scale" not in head:
                 raise ValueError(f"{path} is no result of `python -m bench`")
-            results = cls(path, head["machine"], head["scale"])
+            results = cls(path, head["machine"], head["scale"], head["cases"])
             for line in lines:
                 results._add(json.loads(line))
         commit = results.machine["commit"]
@@ -202,7 +204,7 @@ class Results:
             ValueError: They are of two machines, or of two scales.
         """
         last = parts[-1]
-        merged = cls(last.path, last.machine, last.scale)
+        merged = cls(last.path, last.machine, last.scale, last.asked)
         for part in parts:
             if not part.is_comparable(last):
                 raise ValueError(f"{part.path} is not of the machine of {last.path}")
@@ -219,8 +221,8 @@ class Results:
     @property
     def is_of_gpus(self) -> bool:
         """Whether only cases of GPUs were asked."""
-        cases = {case for case, _ in self.cells}
-        return bool(cases) and all(CASES[case].needs_gpu for case in cases)
+        known = [CASES[name] for name in self.asked if name in CASES]
+        return bool(known) and all(case.needs_gpu for case in known)
 
     @property
     def missing(self) -> list[str]:

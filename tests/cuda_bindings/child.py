@@ -1,6 +1,6 @@
 """Saves and loads through the real bindings, in a process whose driver is pretended.
 
-`python child.py LIBRARY SCENARIO`: tells what the driver noted, or fails.
+`LD_PRELOAD=LIBRARY python child.py SCENARIO`: tells what the driver noted, or fails.
 """
 
 import asyncio
@@ -18,9 +18,19 @@ import aiockpt
 from aiockpt.staging.cuda_driver import CudaDriver
 from aiockpt.testing.simulated_device import SimulatedDevices
 
+LIBRARY = ctypes.CDLL("libcuda.so.1")
 LEGACY_STREAM = 1
 NOTED = (
-    *("faults", "contexts", "streams", "events", "pinned", "batches", "batched"),
+    *(
+        "faults",
+        "current",
+        "contexts",
+        "streams",
+        "events",
+        "pinned",
+        "batches",
+        "batched",
+    ),
     *("copies", "records", "follows", "stream_flags", "stream_priority"),
     *("event_flags", "pin_flags", "order"),
 )
@@ -46,17 +56,15 @@ class BoundDevices(SimulatedDevices):
 class Pretended:
     """What the library notes, and how it is told to fail."""
 
-    def __init__(self, path: str) -> None:
-        self._library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-        self._library.pretended_fault.restype = ctypes.c_char_p
+    def __init__(self) -> None:
+        LIBRARY.pretended_fault.restype = ctypes.c_char_p
 
     def fail(self, function: str, error: int = 0) -> None:
-        self._library.pretend_failing(function.encode(), error)
+        LIBRARY.pretend_failing(function.encode(), error)
 
     def noted(self) -> dict[str, object]:
-        told = {name: self._library.pretended(name.encode()) for name in NOTED}
-        told["depth"] = self._library.pretended_depth()
-        return {**told, "fault": self._library.pretended_fault().decode()}
+        told = {name: LIBRARY.pretended(name.encode()) for name in NOTED}
+        return {**told, "fault": LIBRARY.pretended_fault().decode()}
 
 
 def state_on(devices: BoundDevices) -> dict[str, torch.Tensor]:
@@ -134,7 +142,7 @@ async def failing(
 
 def main() -> None:
     """Runs a scenario, and tells what was noted."""
-    pretended, scenario = Pretended(sys.argv[1]), sys.argv[2]
+    pretended, scenario = Pretended(), sys.argv[1]
     told: dict[str, object] = {}
     warned: list[str] = []
     handler = logging.Handler(logging.WARNING)

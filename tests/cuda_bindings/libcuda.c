@@ -21,7 +21,7 @@ enum { LEGACY_STREAM = 1, LEAST_PRIORITY = 0, CONTEXT = 0xc0de };
 
 /* What happened; read by name. */
 static struct {
-    int faults, contexts, streams, events, pinned, batches, batched, copies, records;
+    int faults, current, contexts, streams, events, pinned, batches, batched, copies, records;
     int follows, stream_flags, stream_priority, event_flags, pin_flags, order;
     char fault[200];
 } told;
@@ -73,7 +73,7 @@ static void add(int *number, int more) { __atomic_add_fetch(number, more, __ATOM
 
 int pretended(const char *name) {
 #define TELL(field) if (strcmp(name, #field) == 0) return told.field
-    TELL(faults); TELL(contexts); TELL(streams); TELL(events); TELL(pinned);
+    TELL(faults); TELL(current); TELL(contexts); TELL(streams); TELL(events); TELL(pinned);
     TELL(batches); TELL(batched); TELL(copies); TELL(records); TELL(follows);
     TELL(stream_flags); TELL(stream_priority); TELL(event_flags); TELL(pin_flags);
     TELL(order);
@@ -81,8 +81,6 @@ int pretended(const char *name) {
 }
 
 const char *pretended_fault(void) { return told.fault; }
-
-int pretended_depth(void) { return depth; }
 
 void pretend_failing(const char *function, int with) {
     static char name[100];
@@ -134,12 +132,14 @@ result cuDevicePrimaryCtxRelease_v2(int device) {
 result cuCtxPushCurrent_v2(uintptr_t context) {
     NEED(context == CONTEXT && told.contexts > 0);
     depth++;
+    add(&told.current, 1);
     return SUCCESS;
 }
 
 result cuCtxPopCurrent_v2(uintptr_t *context) {
     NEED(depth > 0 && mode == 0);
     depth--;
+    add(&told.current, -1);
     *context = CONTEXT;
     return SUCCESS;
 }
@@ -300,6 +300,15 @@ result cuMemcpyBatchAsync_v2(address *to, address *from, size_t *lengths, size_t
     return SUCCESS;
 }
 
+/* As it was before 13.0. */
+result cuMemcpyBatchAsync(address *to, address *from, size_t *lengths, size_t number,
+                          void *attributes, size_t *starts, size_t num_attributes,
+                          size_t *failed, uintptr_t stream) {
+    *failed = SIZE_MAX;
+    return cuMemcpyBatchAsync_v2(to, from, lengths, number, attributes, starts,
+                                 num_attributes, stream);
+}
+
 result cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64_t flags,
                            int *status) {
     static const struct { const char *name; void *function; } known[] = {
@@ -323,10 +332,9 @@ result cuGetProcAddress_v2(const char *symbol, void **function, int version, uin
     };
     *function = NULL;
     if (status) *status = 1;
-    /* Before 13.0 it had another signature, which nobody is given here. */
-    if (strcmp(symbol, "cuMemcpyBatchAsync") == 0 && version >= 13000 &&
+    if (strcmp(symbol, "cuMemcpyBatchAsync") == 0 &&
         getenv("PRETENDED_WITHOUT_BATCHES") == NULL)
-        *function = cuMemcpyBatchAsync_v2;
+        *function = version >= 13000 ? (void *)cuMemcpyBatchAsync_v2 : (void *)cuMemcpyBatchAsync;
     for (size_t index = 0; index < sizeof known / sizeof *known; index++)
         if (strcmp(symbol, known[index].name) == 0) *function = known[index].function;
     if (*function == NULL) return NOT_FOUND;

@@ -14,19 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 
 pytest.importorskip("cuda.bindings.driver")
 COMPILER = shutil.which("cc") or shutil.which("gcc")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver of its own"),
+]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The driver, under the name by which the bindings look for it."""
     path = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
-    flags = ("-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-Wl,-soname,libcuda.so.1")
+    flags = ("-shared", "-fPIC", "-O1", "-Wall", "-Wl,-soname,libcuda.so.1")
     command = [f"{COMPILER}", *flags, "-o", str(path), str(HERE / "libcuda.c")]
     subprocess.run([*command, "-lpthread"], check=True, timeout=60)
     return path
@@ -34,8 +38,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(library: Path, scenario: str, **environment: str) -> dict[str, Any]:
     ran = subprocess.run(
-        [sys.executable, str(HERE / "child.py"), str(library), scenario],
-        env={**os.environ, "LD_LIBRARY_PATH": str(library.parent), **environment},
+        [sys.executable, str(HERE / "child.py"), scenario],
+        # Before all others: whoever looks for that name finds what is there.
+        env={**os.environ, "LD_PRELOAD": str(library), **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -45,9 +50,8 @@ def run(library: Path, scenario: str, **environment: str) -> dict[str, Any]:
     told: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     # Whatever happened, nothing is left, and nothing was asked that no driver takes.
     assert told["fault"] == ""
-    left = {name: told[name] for name in ("streams", "events", "pinned", "contexts")}
-    assert left == dict.fromkeys(left, 0)
-    assert told["depth"] == 0
+    ends = ("current", "streams", "events", "pinned", "contexts")
+    assert {name: told[name] for name in ends} == dict.fromkeys(ends, 0)
     return told
 
 

@@ -10,15 +10,18 @@
 # DIRECTORY  where checkpoints are written; by default a new temporary folder
 # GIB        size of the state of bench/gpu.py; 4 by default
 # COMMIT     what is measured, where the tree comes without its repository
-# STEPS      some of "tests figures peers"; by default all, which may take 12 minutes
+# STEPS      some of "tests figures peers"; by default all, which may take 14 minutes
 set -euo pipefail
 wheels=$(realpath "${1:?the folder of wheels}")
 mkdir -p "${2:?the folder for results}"
 results=$(realpath "$2")
+[ -z "${3:-}" ] || { mkdir -p "$3" && directory=$(realpath "$3"); }
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
+scratch=$(mktemp -d)
+trap 'rm -rf "$site" "$scratch"' EXIT
+directory=${directory:-$scratch}
 python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir \
     --disable-pip-version-check --root-user-action ignore --target "$site" "$wheels"/*.whl
 export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -46,9 +49,6 @@ except DeviceError as error:
 print("device", torch.cuda.get_device_name())
 PYTHON
 
-directory=${3:-$(mktemp -d)}
-mkdir -p "$directory"
-
 tests() {
     # Plugins that the machine has of its own stay out.
     PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 timeout --kill-after=10 240 \
@@ -63,7 +63,8 @@ figures() {
 }
 
 peers() {
-    timeout --kill-after=10 300 python3 -m bench gpu_save gpu_load gpu_into \
+    # Interrupted, it takes away what it has written.
+    timeout --signal=INT --kill-after=20 300 python3 -m bench gpu_load gpu_into gpu_save \
         --dir "$directory" --out "$results/gpupeers.jsonl" ${commit:+--commit "$commit"}
 }
 

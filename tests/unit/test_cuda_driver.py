@@ -199,6 +199,9 @@ def test_an_event_that_is_still_referred_to_ends_with_its_driver_once(api):
     event = driver.record(1, 0)
     driver.close()
     assert api.called("cuEventDestroy") == [("event",)]
+    with pytest.raises(DeviceError, match="closed"):
+        driver.follow(1, "theirs", event)
+    assert not api.called("cuStreamWaitEvent")
     del event
     assert len(api.called("cuEventDestroy")) == 1
     assert len(api.called("cuDevicePrimaryCtxRetain")) == 1
