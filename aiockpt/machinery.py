@@ -67,7 +67,10 @@ class Machinery:
         self._pid = os.getpid()
         self.ring = Ring(config.ring_bytes)
         self._devices = Devices(
-            CudaDriver(), self.ring.address, self.ring.capacity_bytes
+            CudaDriver(),
+            self.ring.address,
+            self.ring.capacity_bytes,
+            self.ring.chunk_bytes,
         )
         # Before the gate, whose hook would stay if the thread could not be had.
         self._thread = LoopThread("aiockpt-engine", self._end)

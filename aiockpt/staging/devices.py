@@ -28,17 +28,20 @@ class Devices:
         pace: How many chunks may be copied at once.
     """
 
-    def __init__(self, driver: Driver, address: int, nbytes: int) -> None:
+    def __init__(
+        self, driver: Driver, address: int, nbytes: int, chunk_bytes: int
+    ) -> None:
         """Touches no device yet.
 
         Args:
             driver: What drives them.
             address: Where the ring begins.
             nbytes: Its length.
+            chunk_bytes: That of a chunk of it.
         """
         self.driver = driver
         self._pinners = WorkerPool(1, "aiockpt-pin")
-        self.memory = PinnedMemory(driver, self._pinners, address, nbytes)
+        self.memory = PinnedMemory(driver, self._pinners, address, nbytes, chunk_bytes)
         self.pace = Pace()
         self._lock = threading.Lock()
         self._streams: dict[tuple[int, str], Stream] = {}

@@ -18,7 +18,7 @@ from aiockpt.staging.driver import DeviceError, Driver
 _logger = logging.getLogger(__name__)
 
 # Some twenty milliseconds of registering, in which a driver may hold up other calls.
-_SEGMENT_BYTES: Final = 64 << 20
+_MAX_SEGMENT_BYTES: Final = 64 << 20
 
 
 class PinnedMemory:
@@ -36,7 +36,7 @@ class PinnedMemory:
         pinners: Executor,
         address: int,
         nbytes: int,
-        segment_bytes: int = _SEGMENT_BYTES,
+        chunk_bytes: int,
     ) -> None:
         """Pins nothing yet.
 
@@ -45,13 +45,16 @@ class PinnedMemory:
             pinners: One thread, in which that is done.
             address: Where the memory begins.
             nbytes: Its length.
-            segment_bytes: Length of what is pinned at once; a multiple of a page.
+            chunk_bytes: What is copied at once is never on both sides of a multiple of
+                this; itself a multiple of a page.
         """
         self._driver = driver
         self._pinners = pinners
         self._address = address
         self._nbytes = nbytes
-        self._segment_bytes = segment_bytes
+        # Drivers refuse a copy of memory that is registered in part, or in two pieces.
+        num_chunks = max(_MAX_SEGMENT_BYTES // chunk_bytes, 1)
+        self._segment_bytes = num_chunks * chunk_bytes
         self._jobs: dict[int, Future[bool]] = {}
         self._is_refused = False
         self._pinned: list[tuple[int, int]] = []

@@ -87,7 +87,8 @@ class SimulatedDevices(Driver):
 
     Attributes:
         faults: What no program may do and this one did: memory used after it was
-            freed, copies into memory that is not pinned and was said to be.
+            freed, copies into memory that is not pinned and was said to be, or that is
+            pinned in part or by two pins.
         pin_limit_bytes: Host memory that may be pinned at once.
         unusable: Why there is no driver, if so.
         copied: The bytes of each copy that has been done, in order.
@@ -376,7 +377,10 @@ class SimulatedDevices(Driver):
             if block is None or block.device != stream.device:
                 self.faults.append("a copy of memory that is not the device's")
                 continue
-            if is_pinned and not self._is_pinned(copy):
+            pinned_as = self._pinned_as(copy)
+            if pinned_as < 0:
+                self.faults.append("a copy of memory that is pinned in part")
+            elif is_pinned and not pinned_as:
                 self.faults.append("a copy to memory that is said to be pinned")
             with self._changed:
                 self.num_queued += 1
@@ -409,23 +413,14 @@ class SimulatedDevices(Driver):
         ctypes.memmove(target, source, copy.nbytes)
         self.copied.append(copy.nbytes)
 
-    def _is_pinned(self, copy: DeviceCopy) -> bool:
-        return any(
-            start <= copy.host and copy.host + copy.nbytes <= start + nbytes
-            for start, nbytes in self._pinned_runs()
-        )
-
-    def _pinned_runs(self) -> list[tuple[int, int]]:
-        """Pinned memory, with neighbours put together."""
-        runs: list[tuple[int, int]] = []
+    def _pinned_as(self, copy: DeviceCopy) -> int:
+        """Whether the host's memory lies in a pin (1), or not (0), or in part (-1)."""
+        first, stop = copy.host, copy.host + copy.nbytes
         with self._changed:
-            pinned = sorted(self.pinned.items())
-        for start, nbytes in pinned:
-            if runs and sum(runs[-1]) == start:
-                runs[-1] = runs[-1][0], runs[-1][1] + nbytes
-            else:
-                runs.append((start, nbytes))
-        return runs
+            pins = [(start, start + nbytes) for start, nbytes in self.pinned.items()]
+        if any(start <= first and stop <= end for start, end in pins):
+            return 1
+        return -1 if any(start < stop and first < end for start, end in pins) else 0
 
     @override
     def pin(self, device: int, address: int, nbytes: int) -> None:

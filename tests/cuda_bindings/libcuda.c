@@ -250,8 +250,22 @@ result cuMemHostUnregister(void *start) {
     return SUCCESS;
 }
 
+/* Whether memory lies in a registered range (1), or not (0), or in part or in two (-1). */
+static int pinned_as(address start, size_t nbytes) {
+    int is_touched = 0;
+    for (int number = 0; number < MAX_PINNED; number++) {
+        address first = (address)pins[number].start, end = first + pins[number].nbytes;
+        if (pins[number].nbytes == 0) continue;
+        if (start >= first && start + nbytes <= end) return 1;
+        is_touched |= start < end && first < start + nbytes;
+    }
+    return is_touched ? -1 : 0;
+}
+
 static result copied(const char *who, address to, address from, size_t nbytes, uintptr_t stream) {
     if (!is_stream(stream)) return fault(who, "no stream", INVALID_VALUE);
+    if (pinned_as(to, nbytes) < 0 || pinned_as(from, nbytes) < 0)
+        return fault(who, "memory that is registered in part", INVALID_VALUE);
     memcpy((void *)to, (void *)from, nbytes);
     return SUCCESS;
 }
@@ -268,19 +282,6 @@ result cuMemcpyHtoDAsync_v2(address to, const void *from, size_t nbytes, uintptr
     return copied(__func__, to, (address)from, nbytes, stream);
 }
 
-static int is_pinned(address start, size_t nbytes) {
-    /* Registered neighbours are one for a copy that crosses them. */
-    for (int number = 0; number < MAX_PINNED && nbytes; number++) {
-        address first = (address)pins[number].start, end = first + pins[number].nbytes;
-        if (pins[number].nbytes == 0 || start < first || start >= end) continue;
-        if (start + nbytes <= end) return 1;
-        nbytes -= end - start;
-        start = end;
-        number = -1;
-    }
-    return nbytes == 0;
-}
-
 result cuMemcpyBatchAsync_v2(address *to, address *from, size_t *lengths, size_t number,
                              void *attributes, size_t *starts, size_t num_attributes,
                              uintptr_t stream) {
@@ -291,7 +292,7 @@ result cuMemcpyBatchAsync_v2(address *to, address *from, size_t *lengths, size_t
     memcpy(&told.order, attributes, sizeof told.order);
     for (size_t index = 0; index < number; index++) {
         NEED(lengths[index] > 0);
-        NEED(is_pinned(to[index], lengths[index]) != is_pinned(from[index], lengths[index]));
+        NEED(pinned_as(to[index], lengths[index]) + pinned_as(from[index], lengths[index]) == 1);
         result error = copied(__func__, to[index], from[index], lengths[index], stream);
         if (error) return error;
     }
