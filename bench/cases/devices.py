@@ -38,8 +38,7 @@ from bench.contenders.torch_files import Mmapped
 from bench.workloads import GIB, Scale
 
 _GIB = 2
-# A machine that is lent is there for some minutes.
-_REPEATS = 3
+_REPEATS = 5
 
 
 def _device() -> str:

@@ -21,20 +21,11 @@ from aiockpt.testing.simulated_device import SimulatedDevices
 LIBRARY = ctypes.CDLL("libcuda.so.1")
 LEGACY_STREAM = 1
 NOTED = (
-    *(
-        "faults",
-        "current",
-        "contexts",
-        "streams",
-        "events",
-        "pinned",
-        "batches",
-        "batched",
-    ),
+    *("current", "contexts", "streams", "events", "pinned", "batches", "batched"),
     *("copies", "records", "follows", "stream_flags", "stream_priority"),
     *("event_flags", "pin_flags", "order"),
 )
-OUT_OF_MEMORY, NO_DEVICE, NOT_SUPPORTED = 2, 100, 801
+OUT_OF_MEMORY = 2
 
 
 class BoundDevices(SimulatedDevices):
@@ -59,7 +50,7 @@ class Pretended:
     def __init__(self) -> None:
         LIBRARY.pretended_fault.restype = ctypes.c_char_p
 
-    def fail(self, function: str, error: int = 0) -> None:
+    def fail(self, function: str, error: int = OUT_OF_MEMORY) -> None:
         LIBRARY.pretend_failing(function.encode(), error)
 
     def noted(self) -> dict[str, object]:
@@ -124,7 +115,7 @@ async def failing(
             root, {"host_cache_size": 0.0625}
         ) as engine:
             state = state_on(devices)
-            pretended.fail(name, OUT_OF_MEMORY)
+            pretended.fail(name)
             try:
                 await save(engine, "first", state)
             except aiockpt.StagingError as error:

@@ -10,7 +10,7 @@
 # DIRECTORY  where checkpoints are written; by default a new temporary folder
 # GIB        size of the state of bench/gpu.py; 4 by default
 # COMMIT     what is measured, where the tree comes without its repository
-# STEPS      some of "tests figures peers"; by default all, which may take 14 minutes
+# STEPS      some of "tests figures peers"; by default all, which may take 18 minutes
 set -euo pipefail
 wheels=$(realpath "${1:?the folder of wheels}")
 mkdir -p "${2:?the folder for results}"
@@ -64,7 +64,7 @@ figures() {
 
 peers() {
     # Interrupted, it takes away what it has written.
-    timeout --signal=INT --kill-after=20 300 python3 -m bench gpu_load gpu_into gpu_save \
+    timeout --signal=INT --kill-after=20 540 python3 -m bench gpu_load gpu_into gpu_save \
         --dir "$directory" --out "$results/gpupeers.jsonl" ${commit:+--commit "$commit"}
 }
 
