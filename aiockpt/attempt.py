@@ -18,6 +18,7 @@ from aiockpt.errors import (
     CheckpointError,
     EngineStateError,
     InvalidArgumentError,
+    PeerError,
     StagingError,
     StorageError,
     TornSnapshotError,
@@ -82,6 +83,7 @@ class Attempt:
         self._agreement = agreement
         self._directory = agreement.place.directory
         self._saves: dict[str, FileSave] = {}
+        self._own_error: Exception | None = None
         self._tasks: set[asyncio.Task[object]] = set()
         self._is_sealed = False
         self._adding = threading.Lock()
@@ -210,10 +212,18 @@ class Attempt:
             group=replicas,
             topic=self._agreement.meetings,
             has_failed=lambda: self.failure is not None,
+            note=self._note,
         )
+
+    def _note(self, error: Exception) -> None:
+        self._own_error = self._own_error or error
 
     async def _refuse(self, error: CheckpointError, path: str | None) -> None:
         """Fails the attempt on all ranks, for what went wrong on this one."""
+        own, rank = self._own_error, self._means.ranks.rank
+        if own is not None and isinstance(error, PeerError) and error.rank == rank:
+            # Another rank was quicker to pass it on than the save that it came from.
+            error = _as_checkpoint_error(own, f"tag {self.tag}")
         self.failure = error
         told = await self._agreement.refuse(error, _phase(error))
         await self._fail(told if isinstance(told, CheckpointError) else error, path)

@@ -11,8 +11,8 @@ __all__ = ["ReplicaSaver", "group_of"]
 
 import asyncio
 import operator
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -85,6 +85,8 @@ class ReplicaSaver:
             every member, and unique to the attempt.
         has_failed: Whether the attempt has been given up meanwhile. A cancellation
             that comes too late for a meeting is dropped by it, and not seen here.
+        note: Told what went wrong on this rank, before any other rank is: what they
+            make of it may be back here sooner than `run` has raised it.
     """
 
     saver: Saver
@@ -92,6 +94,7 @@ class ReplicaSaver:
     group: Sequence[int]
     topic: str
     has_failed: Callable[[], bool]
+    note: Callable[[Exception], None]
 
     async def run(self, save: FileSave, target: str) -> None:
         """Makes this member's part of the file `target` complete and durable.
@@ -216,9 +219,13 @@ class ReplicaSaver:
     async def _consult(
         self, save: FileSave, meeting: str, word: bytes, decide: Decide
     ) -> bytes:
+        async def decided(words: Sequence[bytes]) -> bytes:
+            with self._noting():
+                return await decide(words)
+
         try:
             topic = self._topic(save.path, meeting)
-            return await self.ranks.consult(topic, word, decide, group=self.group)
+            return await self.ranks.consult(topic, word, decided, group=self.group)
         except asyncio.CancelledError as error:
             await self._object(save, meeting, error)
             raise
@@ -227,9 +234,18 @@ class ReplicaSaver:
     async def _telling(self, save: FileSave, meeting: str) -> AsyncGenerator[None]:
         """Who waits at the meeting is told of what fails before it."""
         try:
-            yield
+            with self._noting():
+                yield
         except BaseException as error:
             await self._object(save, meeting, error)
+            raise
+
+    @contextmanager
+    def _noting(self) -> Generator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.note(error)
             raise
 
     async def _object(self, save: FileSave, meeting: str, error: BaseException) -> None:

@@ -57,6 +57,7 @@ class Team:
         savers: What saves files on each rank.
         events: What each rank was told.
         given_up: Ranks whose attempt has failed meanwhile.
+        noted: What went wrong on each rank, as it was told.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Team:
     ) -> None:
         self.job = Job(len(chunk_sizes))
         self.given_up: set[int] = set()
+        self.noted: list[list[Exception]] = [[] for _ in chunk_sizes]
         self.events: list[list[Event]] = [[] for _ in chunk_sizes]
         self.savers = [
             self._saver(stack, root, chunk_bytes, emit.append)
@@ -137,6 +139,7 @@ class Team:
             group=group if group is not None else range(len(self.savers)),
             topic="attempt",
             has_failed=lambda: rank in self.given_up,
+            note=self.noted[rank].append,
         )
 
 
@@ -495,6 +498,7 @@ async def test_a_disk_that_fails_on_one_rank_fails_it_on_all(
         "stage",
         "write",
     }
+    assert team.noted[rank] == [errors[rank]]
     assert not team.job.unfinished
 
 
@@ -518,6 +522,9 @@ async def test_a_file_that_cannot_be_made_fails_on_all(team, tmp_path):
         assert isinstance(error, PeerError)
         assert error.rank == 0
         assert "File exists" in str(error)
+    (noted,) = team.noted[0]
+    assert isinstance(noted, StorageError)
+    assert team.noted[1:] == [[], []]
     assert (tmp_path / TARGET).read_bytes() == b"taken"
 
 
