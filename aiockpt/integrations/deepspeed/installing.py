@@ -16,6 +16,8 @@ from aiockpt.integrations.deepspeed.lazy import LazyCheckpointEngine
 # and the schedule of a pipeline update parameters through the first one.
 _CHANGING = ("_take_model_step", "offload_states", "reload_states")
 _FREEING = ("destroy",)
+# That of ZeRO-3's `Init` through which parameters go back that were gathered.
+_WRITING_BACK = "_partition"
 # What rank 0 does while the others wait at a barrier.
 _ALONE = ("_copy_recovery_script",)
 
@@ -31,6 +33,9 @@ def install() -> None:
     """
     try:
         module: Any = importlib.import_module("deepspeed.runtime.engine")
+        zero: Any = importlib.import_module(
+            "deepspeed.runtime.zero.partition_parameters"
+        )
         interface: Any = importlib.import_module(
             "deepspeed.runtime.checkpoint_engine.checkpoint_engine"
         )
@@ -46,6 +51,8 @@ def install() -> None:
     kind.load_checkpoint = _loading(kind.load_checkpoint)
     kind.__del__ = _collecting(kind.__del__)
     kind.save_16bit_model = _telling(kind.save_16bit_model)
+    partition = _partitioning(getattr(zero.Init, _WRITING_BACK))
+    setattr(zero.Init, _WRITING_BACK, partition)
     for name in _ALONE:
         setattr(kind, name, _alone(getattr(kind, name)))
     for name in _CHANGING + _FREEING:
@@ -136,6 +143,25 @@ def _changing(original: Callable[..., Any], *, is_freeing: bool) -> Callable[...
         return original(self, *args, **kwargs)
 
     return change
+
+
+def _partitioning(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of parameters of ZeRO-3 that somebody gathered to change them.
+
+    `save_16bit_model` does that, too: it changes none, and writes all of them back to
+    where they are saved from.
+    """
+
+    @functools.wraps(original)
+    def partition(
+        self: Any, *args: Any, has_been_updated: bool = False, **kwargs: Any
+    ) -> Any:
+        # Nothing says whose parameters they are.
+        for engine in _engines.values() if has_been_updated else ():
+            engine.wait_staged()
+        return original(self, *args, has_been_updated=has_been_updated, **kwargs)
+
+    return partition
 
 
 def _collecting(original: Callable[..., Any]) -> Callable[..., Any]:

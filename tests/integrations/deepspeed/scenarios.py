@@ -177,6 +177,25 @@ def nothing_is_moved_or_freed_while_it_is_being_staged(problems, root):
     check(problems, staging == found, f"being staged: {staging}")
 
 
+def what_was_gathered_is_not_written_back_while_it_is_being_staged(problems, root):
+    trainer = Trainer({"stage": 3}, is_ours=True)
+    trainer.run(0, 1)
+    with late_staging():
+        trainer.engine.save_checkpoint(root)
+        # It writes all parameters back; of frozen ones that is what is being saved.
+        trainer.engine.save_16bit_model(root)
+        trainer.engine.save_checkpoint(root, tag="changed")
+        frozen = trainer.engine.module.blocks[0].frozen.weight
+        with deepspeed.zero.GatheredParameters([frozen], modifier_rank=0):
+            frozen.data.zero_()
+    trainer.end()
+    check(problems, published(root) == ["changed", "global_step1"], published(root))
+    dist.barrier()
+    saved = torch.load(f"{root}/changed/zero_pp_rank_0_mp_rank_00_model_states.pt")
+    fragments = saved["frozen_param_fragments"].values()
+    check(problems, all(each.any() for each in fragments), "it was changed too early")
+
+
 def an_engine_that_is_collected_waits_for_nothing(problems, root):
     trainer, other = Trainer(CELL, is_ours=True), Trainer(CELL, is_ours=True)
     trainer.run(0, 1)

@@ -135,6 +135,7 @@ CASES = [
     "extra_files_stay",
     "no_step_waits_for_the_disk",
     "nothing_is_moved_or_freed_while_it_is_being_staged",
+    "what_was_gathered_is_not_written_back_while_it_is_being_staged",
     "an_engine_that_is_collected_waits_for_nothing",
     "an_engine_that_is_only_assigned_commits_at_once",
     "a_full_disk_on_one_rank",
