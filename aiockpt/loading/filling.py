@@ -1,14 +1,18 @@
 """Loading into tensors that are already there."""
 
-__all__ = ["Piece", "Target", "copy_into", "filling", "is_image", "show"]
+__all__ = ["Piece", "Target", "copy_into", "fill", "filling", "is_image"]
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 
 from aiockpt.loading.reading import Region
+
+# Of elements that do not follow each other in a device's memory, at once: torch makes
+# room there for as many.
+_PART_BYTES: Final = 4 << 20
 
 
 class Target(NamedTuple):
@@ -56,17 +60,39 @@ def is_image(piece: Piece, region: Region, device: int | None = None) -> bool:
     )
 
 
-def show(storage: torch.UntypedStorage, piece: Piece) -> torch.Tensor:
-    """The elements for a piece, in a storage that holds its region."""
-    source = torch.empty(0, dtype=piece.target.dtype, device="cpu")
-    return source.set_(storage, piece.offset, piece.target.shape, piece.stride)
+def fill(
+    piece: Piece, storage: torch.UntypedStorage, device: int | None = None
+) -> None:
+    """Gives a target its elements, from a storage that holds its region.
+
+    Args:
+        piece: The target.
+        storage: The region's bytes, in host memory.
+        device: The device, other than the host, that has the target's memory. No more
+            of it is taken beside the target than a few MiB.
+    """
+    target = piece.target
+    source = torch.empty(0, dtype=target.dtype, device="cpu")
+    source.set_(storage, piece.offset, target.shape, piece.stride)
+    with _changing(target):
+        # Where it is not contiguous, torch needs room for what is copied at once.
+        for part, elements in (
+            [(target, source)] if device is None else _parts(target, source)
+        ):
+            part.copy_(elements)
 
 
 def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
     """Gives the target the source's elements; autograd does not record it."""
+    with _changing(target):
+        target.copy_(source)
+
+
+@contextmanager
+def _changing(target: torch.Tensor) -> Generator[None]:
     # One that was made in inference mode can be changed nowhere else.
     with torch.inference_mode(target.is_inference()), torch.no_grad():
-        target.copy_(source)
+        yield
 
 
 @contextmanager
@@ -92,6 +118,27 @@ def filling(
         for target in tensors:
             if not target.is_inference():
                 torch.autograd.graph.increment_version(target)
+
+
+def _parts(
+    target: torch.Tensor, source: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    # In the order of the target's memory, so that what follows each other there does.
+    order = sorted(range(target.ndim), key=target.stride, reverse=True)
+    yield from _cut(target.permute(order), source.permute(order))
+
+
+def _cut(
+    target: torch.Tensor, source: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    if target.nbytes <= _PART_BYTES or (
+        target.is_contiguous() and source.is_contiguous()
+    ):
+        yield target, source
+        return
+    dim = next(dim for dim, size in enumerate(target.shape) if size > 1)
+    for part, elements in zip(target.chunk(2, dim), source.chunk(2, dim), strict=True):
+        yield from _cut(part, elements)
 
 
 def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

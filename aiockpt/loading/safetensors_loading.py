@@ -19,10 +19,9 @@ from aiockpt.loading.bulk import BulkRead, Reads
 from aiockpt.loading.filling import (
     Piece,
     Target,
-    copy_into,
+    fill,
     filling,
     is_image,
-    show,
 )
 from aiockpt.loading.placing import Placement
 from aiockpt.loading.reader import Landing, Reader
@@ -169,7 +168,7 @@ class SafetensorsLoading:
         with self.reader.reading(self.file, reads) as bulk:
             storage = bulk.storage(tensor_region(entry))
             with self.reader.settling([piece.target]):
-                copy_into(piece.target, show(storage, piece))
+                fill(piece, storage, self.reader.device_of(piece.target))
 
     def _reads(
         self,

@@ -17,9 +17,9 @@ from aiockpt.loading.filling import (
     Piece,
     Target,
     copy_into,
+    fill,
     filling,
     is_image,
-    show,
 )
 from aiockpt.loading.placing import Placement
 from aiockpt.loading.reader import Landing, Reader
@@ -294,7 +294,7 @@ class TorchLoading:
             storage = bulk.storage(region)
             with self.reader.settling(piece.target for piece in pieces):
                 for piece in pieces:
-                    copy_into(piece.target, show(storage, piece))
+                    fill(piece, storage, self.reader.device_of(piece.target))
 
     def _copy(self, key: str, source: torch.Tensor, target: torch.Tensor) -> None:
         try:

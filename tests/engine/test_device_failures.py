@@ -8,6 +8,7 @@ import torch
 
 import aiockpt
 from aiockpt import CheckpointEngine, InvalidArgumentError, StagingError
+from aiockpt.loading import filling
 from aiockpt.staging.driver import DeviceError
 from aiockpt.testing.simulated_device import SimulatedDevices
 from device_scenarios import (
@@ -281,14 +282,26 @@ async def test_bytes_that_rotted_do_not_reach_the_caller(devices, root):
         assert devices.allocated_bytes == 0
 
 
-async def test_strided_targets_are_filled(devices, root):
+@pytest.mark.parametrize("path", ["model.pt", "model.safetensors"])
+async def test_strided_targets_are_filled_in_parts(path, devices, root, monkeypatch):
+    copied: list[int] = []
+    copy = torch.Tensor.copy_
+
+    def note(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        copied.append(target.nbytes)
+        return copy(target, source)
+
     async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")
-        await engine.save({"weight": torch.arange(12.0).view(3, 4)}, "model.pt")
+        await engine.save({"weight": torch.arange(12.0).view(3, 4)}, path)
         await engine.commit("a")
         target = devices.tensor(torch.zeros(4, 3)).t()
-        await engine.load("model.pt", into={"weight": target})
+        monkeypatch.setattr(filling, "_PART_BYTES", 16)
+        monkeypatch.setattr(torch.Tensor, "copy_", note)
+        await engine.load(path, into={"weight": target})
         assert torch.equal(target, torch.arange(12.0).view(3, 4))
+    assert sum(copied) == 48
+    assert max(copied) <= 16
 
 
 async def test_preflight_plans_a_state_on_a_device(devices, root):

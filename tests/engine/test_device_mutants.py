@@ -4,12 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
+import device_load_scenarios as loads
 import device_scenarios as scenarios
-from aiockpt import CheckpointError, saver
+from aiockpt import CheckpointError, runtime, saver
+from aiockpt.capture import capture
 from aiockpt.file_save import FileSave
 from aiockpt.guard import StagingGate
+from aiockpt.loading.bulk import BulkRead
 from aiockpt.loading.reader import Reader
+from aiockpt.loading.torch_loading import TorchLoading
 from aiockpt.staging.device import DeviceStager
 from aiockpt.staging.devices import Devices, InFlight
 from aiockpt.staging.pinning import PinnedMemory
@@ -28,6 +33,36 @@ def copies_do_not_wait_for_the_caller(patch: Patch) -> None:
         return stager._devices.stream(device, "save")
 
     patch.setattr(DeviceStager, "_stream", stream)
+
+
+def copies_wait_for_the_caller_on_one_device_only(patch: Patch) -> None:
+    stream = DeviceStager._stream
+
+    def of_one(stager: Any, device: int) -> Any:
+        if device != min(stager._starts):
+            return stager._devices.stream(device, "save")
+        return stream(stager, device)
+
+    patch.setattr(DeviceStager, "_stream", of_one)
+
+
+def one_device_is_asked_for_all_of_them(patch: Patch) -> None:
+    current_stream = SimulatedDevices.current_stream
+    patch.setattr(
+        SimulatedDevices,
+        "current_stream",
+        lambda devices, _: current_stream(devices, 0),
+    )
+
+
+def the_caller_waits_for_copies_of_one_device_only(patch: Patch) -> None:
+    follow = DeviceStager.follow
+
+    def of_one(stager: Any) -> bool:
+        stager._ends.pop(1, None)
+        return follow(stager)
+
+    patch.setattr(DeviceStager, "follow", of_one)
 
 
 def the_default_stream_is_taken_for_the_current_one(patch: Patch) -> None:
@@ -105,6 +140,35 @@ def tensors_are_filled_under_those_who_use_them(patch: Patch) -> None:
     patch.setattr(Reader, "_settle", lambda *_: None)
 
 
+def blocks_are_read_when_the_one_before_has_been_copied(patch: Patch) -> None:
+    run = BulkRead.run
+
+    async def in_turn(read: Any, ring: Any, workers: Any, _: int) -> None:
+        await run(read, ring, workers, 1)
+
+    patch.setattr(BulkRead, "run", in_turn)
+    # What never happens is not waited for.
+    patch.setattr(scenarios, "limit_s", 1.0)
+
+
+def strided_tensors_are_made_contiguous(patch: Patch) -> None:
+    def captured(state: dict[str, torch.Tensor]) -> Any:
+        return capture({key: tensor.contiguous() for key, tensor in state.items()})
+
+    patch.setattr(runtime, "capture", captured)
+
+
+def mappings_of_devices_are_left_to_torch(patch: Patch) -> None:
+    landing = TorchLoading._landing
+
+    def for_one_device(loading: Any, names: Any, pickle: Any) -> Any:
+        if not isinstance(loading.placement.map_location, str | torch.device):
+            names = ()
+        return landing(loading, names, pickle)
+
+    patch.setattr(TorchLoading, "_landing", for_one_device)
+
+
 def memory_stays_pinned(patch: Patch) -> None:
     patch.setattr(PinnedMemory, "close", lambda _: None)
 
@@ -127,6 +191,15 @@ def it(scenario: Scenario, timing: dict[str, bool]) -> tuple[Scenario, dict[str,
 CAUGHT: dict[Callable[[Patch], None], tuple[Scenario, dict[str, bool]]] = {
     copies_do_not_wait_for_the_caller: it(
         scenarios.what_was_enqueued_before_a_save_is_in_it, EARLY
+    ),
+    copies_wait_for_the_caller_on_one_device_only: it(
+        scenarios.every_device_has_an_order_of_its_own, EARLY
+    ),
+    one_device_is_asked_for_all_of_them: it(
+        scenarios.every_device_has_an_order_of_its_own, EARLY
+    ),
+    the_caller_waits_for_copies_of_one_device_only: it(
+        scenarios.every_device_has_an_order_of_its_own, LATE
     ),
     the_default_stream_is_taken_for_the_current_one: it(
         scenarios.what_was_enqueued_before_a_save_is_in_it, EARLY
@@ -157,7 +230,16 @@ CAUGHT: dict[Callable[[Patch], None], tuple[Scenario, dict[str, bool]]] = {
         scenarios.a_state_larger_than_the_ring_holds_a_step_as_long_as_need_be, LATE
     ),
     tensors_are_filled_under_those_who_use_them: it(
-        scenarios.a_load_fills_tensors_behind_what_uses_them, EARLY
+        loads.a_load_fills_tensors_behind_what_uses_them, EARLY
+    ),
+    blocks_are_read_when_the_one_before_has_been_copied: it(
+        loads.a_load_reads_on_while_a_device_copies, LATE
+    ),
+    mappings_of_devices_are_left_to_torch: it(
+        loads.a_load_goes_where_map_location_says, LATE
+    ),
+    strided_tensors_are_made_contiguous: it(
+        scenarios.nothing_is_kept_after_staging, LATE
     ),
     memory_stays_pinned: it(scenarios.mixed_states_come_from_where_they_are, LATE),
     streams_stay: it(scenarios.mixed_states_come_from_where_they_are, LATE),
@@ -174,12 +256,14 @@ async def test_what_is_broken_is_caught(mutant, root, monkeypatch):
     mutant(monkeypatch)
     # What the scenario checks; or the engine itself notices, and says so. (What
     # `pytest.raises` reports is neither an Exception nor an AssertionError.)
-    with pytest.raises((AssertionError, CheckpointError, pytest.fail.Exception)):
+    with pytest.raises(
+        (AssertionError, TimeoutError, CheckpointError, pytest.fail.Exception)
+    ):
         await run(scenario, root, **timing)
 
 
 async def test_a_load_is_not_over_before_its_copies(root, monkeypatch):
-    scenario = scenarios.a_load_fills_tensors_behind_what_uses_them
+    scenario = loads.a_load_fills_tensors_behind_what_uses_them
     chunks_are_filled_once_copies_are_enqueued(monkeypatch)
     with pytest.raises(AssertionError):
         await run(scenario, root, **LATE)

@@ -219,13 +219,18 @@ async def test_loads_to_a_device_are_as_those_of_torch(path, location, root):
 
 async def test_tensors_are_filled_where_they_are(root):
     async with CheckpointEngine(root, RING_8_MIB) as engine:
-        state = {"weight": random(256 * MIB), "strided": random(8 * 12).view(3, 4)}
+        state = {
+            "weight": random(256 * MIB),
+            "strided": random(64 * MIB).view(1024, -1),
+        }
         await engine.create("a")
         await engine.save(state, "model.pt")
         await engine.commit("a")
         into = {
             "weight": torch.zeros_like(state["weight"]),
-            "strided": torch.zeros(4, 3, dtype=torch.int64, device="cuda").t(),
+            "strided": torch.zeros_like(
+                state["strided"].t(), memory_format=torch.contiguous_format
+            ).t(),
         }
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -234,7 +239,8 @@ async def test_tensors_are_filled_where_they_are(root):
         torch.cuda.reset_peak_memory_stats()
         allocated = torch.cuda.memory_allocated()
         await engine.load("model.pt", into=into)
-        assert torch.cuda.max_memory_allocated() - allocated <= MIB
+        # Beside the strided one, room for a part of it.
+        assert torch.cuda.max_memory_allocated() - allocated <= 8 * MIB
         assert same(into, state)
 
 
