@@ -1,10 +1,11 @@
-/* A driver without a device, for the real bindings to call.
+/* A driver without devices that pretends to have two, for the real bindings to call.
 
    Copies are done at once, between addresses of the host. What no real driver would
    take, or would take and crash on, is a fault: a call without a current context,
-   handles that are not alive, a batch that names memory which is not registered. Who
-   calls may have a function fail (`pretend_failing`), and reads what happened from
-   `pretended`. */
+   handles that are not alive, or another device's, memory that is another device's
+   (`pretend_owned` says whose it is), a batch that names memory which is not
+   registered. Who calls may have functions fail (`pretend_failing`), and reads what
+   happened from `pretended`. */
 
 #include <pthread.h>
 #include <stdint.h>
@@ -17,22 +18,27 @@ typedef uint64_t address;
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
 enum { MAX_HANDLES = 1 << 16, MAX_PINNED = 1 << 10, FIRST_HANDLE = 0x1000 };
+enum { MAX_OWNED = 1 << 16, MAX_DEPTH = 16, NUM_DEVICES = 2, NOBODY = -1 };
 enum { LEGACY_STREAM = 1, LEAST_PRIORITY = 0, CONTEXT = 0xc0de };
 
 /* What happened; read by name. */
 static struct {
     int faults, current, contexts, streams, events, pinned, batches, batched, copies, records;
     int follows, stream_flags, stream_priority, event_flags, pin_flags, order;
+    int ever_0, ever_1; /* contexts of each device that there have been */
     char fault[200];
 } told;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char handles[MAX_HANDLES]; /* 's': a stream, 'e': an event */
+static char owners[MAX_HANDLES];  /* and the device that has it */
 static int num_handles;
 static struct { char *start; size_t nbytes; } pins[MAX_PINNED];
-static const char *failing = "";
+static struct { address start; size_t nbytes; int device; } owned[MAX_OWNED];
+static int num_owned, contexts_of[NUM_DEVICES];
+static char failing[200] = " "; /* names, with a space around each */
 static int failing_with;
-static __thread int depth, mode;
+static __thread int depth, mode, current[MAX_DEPTH];
 
 static result fault(const char *where, const char *what, result error) {
     pthread_mutex_lock(&lock);
@@ -42,27 +48,56 @@ static result fault(const char *where, const char *what, result error) {
     return error;
 }
 
+static int is_failing(const char *function) {
+    char name[100];
+    snprintf(name, sizeof name, " %s ", function);
+    return strstr(failing, name) != NULL;
+}
+
 #define FAIL_IF_ASKED() \
-    if (strcmp(__func__, failing) == 0) return failing_with
+    if (is_failing(__func__)) return failing_with
 #define NEED_CONTEXT() \
     FAIL_IF_ASKED(); \
     if (depth == 0) return fault(__func__, "no current context", INVALID_CONTEXT)
 #define NEED(condition) \
     if (!(condition)) return fault(__func__, #condition, INVALID_VALUE)
 
+static int here(void) { return current[depth - 1]; }
+
 static int is_alive(uintptr_t handle, char kind) {
     return handle >= FIRST_HANDLE && handle < FIRST_HANDLE + MAX_HANDLES &&
            handles[handle - FIRST_HANDLE] == kind;
 }
 
+/* Whether it is alive, and of the current device. */
+static int is_here(uintptr_t handle, char kind) {
+    return is_alive(handle, kind) && owners[handle - FIRST_HANDLE] == here();
+}
+
 static int is_stream(uintptr_t handle) {
-    return handle == LEGACY_STREAM || is_alive(handle, 's');
+    return handle == LEGACY_STREAM || is_here(handle, 's');
+}
+
+/* The device that has all of the memory; NOBODY where that is the host's, or in part. */
+static int owner_of(address start, size_t nbytes) {
+    int owner = NOBODY;
+    pthread_mutex_lock(&lock);
+    /* The newest first: memory that was freed may have been given again. */
+    for (int number = num_owned - 1; number >= 0; number--)
+        if (start >= owned[number].start &&
+            start + nbytes <= owned[number].start + owned[number].nbytes) {
+            owner = owned[number].device;
+            break;
+        }
+    pthread_mutex_unlock(&lock);
+    return owner;
 }
 
 static uintptr_t new_handle(char kind) {
     pthread_mutex_lock(&lock);
     int number = num_handles++ % MAX_HANDLES;
     handles[number] = kind;
+    owners[number] = here();
     pthread_mutex_unlock(&lock);
     return FIRST_HANDLE + number;
 }
@@ -76,17 +111,27 @@ int pretended(const char *name) {
     TELL(faults); TELL(current); TELL(contexts); TELL(streams); TELL(events); TELL(pinned);
     TELL(batches); TELL(batched); TELL(copies); TELL(records); TELL(follows);
     TELL(stream_flags); TELL(stream_priority); TELL(event_flags); TELL(pin_flags);
-    TELL(order);
+    TELL(order); TELL(ever_0); TELL(ever_1);
     return -1;
 }
 
 const char *pretended_fault(void) { return told.fault; }
 
-void pretend_failing(const char *function, int with) {
-    static char name[100];
-    strncpy(name, function, sizeof name - 1);
-    failing = name;
+/* `functions`: names, with a space around each. */
+void pretend_failing(const char *functions, int with) {
+    snprintf(failing, sizeof failing, "%s", functions);
     failing_with = with;
+}
+
+/* From here on the memory is a device's, or nobody's again. */
+void pretend_owned(address start, size_t nbytes, int device) {
+    pthread_mutex_lock(&lock);
+    if (num_owned < MAX_OWNED) {
+        owned[num_owned].start = start;
+        owned[num_owned].nbytes = nbytes;
+        owned[num_owned++].device = device;
+    }
+    pthread_mutex_unlock(&lock);
 }
 
 /* ---------------------------------------------------------------- the driver */
@@ -100,10 +145,16 @@ result cuGetErrorString(result error, const char **text) {
     return SUCCESS;
 }
 
-result cuDeviceGet(int *device, int number) { NEED(number == 0); *device = 0; return SUCCESS; }
+static int is_device(int number) { return number >= 0 && number < NUM_DEVICES; }
+
+result cuDeviceGet(int *device, int number) {
+    NEED(is_device(number));
+    *device = number;
+    return SUCCESS;
+}
 
 result cuDeviceGetAttribute(int *value, int attribute, int device) {
-    NEED(device == 0);
+    NEED(is_device(device));
     /* CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM, and nothing else is asked for. */
     NEED(attribute == 91);
     *value = 1;
@@ -111,36 +162,39 @@ result cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 
 result cuDeviceGetPCIBusId(char *text, int length, int device) {
-    NEED(device == 0);
-    snprintf(text, length, "0000:01:00.0");
+    NEED(is_device(device));
+    snprintf(text, length, "0000:%02d:00.0", device + 1);
     return SUCCESS;
 }
 
 result cuDevicePrimaryCtxRetain(uintptr_t *context, int device) {
-    NEED(device == 0);
+    NEED(is_device(device));
     add(&told.contexts, 1);
-    *context = CONTEXT;
+    add(device ? &told.ever_1 : &told.ever_0, 1);
+    add(&contexts_of[device], 1);
+    *context = CONTEXT + device;
     return SUCCESS;
 }
 
 result cuDevicePrimaryCtxRelease_v2(int device) {
-    NEED(device == 0 && told.contexts > 0);
+    NEED(is_device(device) && contexts_of[device] > 0);
+    add(&contexts_of[device], -1);
     add(&told.contexts, -1);
     return SUCCESS;
 }
 
 result cuCtxPushCurrent_v2(uintptr_t context) {
-    NEED(context == CONTEXT && told.contexts > 0);
-    depth++;
+    int device = (int)(context - CONTEXT);
+    NEED(is_device(device) && contexts_of[device] > 0 && depth < MAX_DEPTH);
+    current[depth++] = device;
     add(&told.current, 1);
     return SUCCESS;
 }
 
 result cuCtxPopCurrent_v2(uintptr_t *context) {
     NEED(depth > 0 && mode == 0);
-    depth--;
+    *context = CONTEXT + current[--depth];
     add(&told.current, -1);
-    *context = CONTEXT;
     return SUCCESS;
 }
 
@@ -172,7 +226,7 @@ result cuStreamCreateWithPriority(uintptr_t *stream, unsigned flags, int priorit
 
 result cuStreamDestroy_v2(uintptr_t stream) {
     NEED_CONTEXT();
-    NEED(is_alive(stream, 's'));
+    NEED(is_here(stream, 's'));
     handles[stream - FIRST_HANDLE] = 0;
     add(&told.streams, -1);
     return SUCCESS;
@@ -201,7 +255,7 @@ result cuEventCreate(uintptr_t *event, unsigned flags) {
 
 result cuEventDestroy_v2(uintptr_t event) {
     NEED_CONTEXT();
-    NEED(is_alive(event, 'e'));
+    NEED(is_here(event, 'e'));
     handles[event - FIRST_HANDLE] = 0;
     add(&told.events, -1);
     return SUCCESS;
@@ -209,7 +263,7 @@ result cuEventDestroy_v2(uintptr_t event) {
 
 result cuEventRecord(uintptr_t event, uintptr_t stream) {
     NEED_CONTEXT();
-    NEED(is_stream(stream) && is_alive(event, 'e'));
+    NEED(is_stream(stream) && is_here(event, 'e'));
     add(&told.records, 1);
     return SUCCESS;
 }
@@ -263,21 +317,31 @@ static int pinned_as(address start, size_t nbytes) {
 }
 
 static result copied(const char *who, address to, address from, size_t nbytes, uintptr_t stream) {
-    if (!is_stream(stream)) return fault(who, "no stream", INVALID_VALUE);
+    int target = owner_of(to, nbytes), source = owner_of(from, nbytes);
+    if (!is_stream(stream)) return fault(who, "no stream of this device", INVALID_VALUE);
+    if ((target == NOBODY) == (source == NOBODY))
+        return fault(who, "not between a device and the host", INVALID_VALUE);
+    if ((target == NOBODY ? source : target) != here())
+        return fault(who, "memory of another device", INVALID_VALUE);
     if (pinned_as(to, nbytes) < 0 || pinned_as(from, nbytes) < 0)
         return fault(who, "memory that is registered in part", INVALID_VALUE);
     memcpy((void *)to, (void *)from, nbytes);
     return SUCCESS;
 }
 
+/* Whether the one copies from a device, and the other to one. */
+static int is_from_device(address from, size_t nbytes) { return owner_of(from, nbytes) != NOBODY; }
+
 result cuMemcpyDtoHAsync_v2(void *to, address from, size_t nbytes, uintptr_t stream) {
     NEED_CONTEXT();
+    NEED(is_from_device(from, nbytes));
     add(&told.copies, 1);
     return copied(__func__, (address)to, from, nbytes, stream);
 }
 
 result cuMemcpyHtoDAsync_v2(address to, const void *from, size_t nbytes, uintptr_t stream) {
     NEED_CONTEXT();
+    NEED(!is_from_device((address)from, nbytes));
     add(&told.copies, 1);
     return copied(__func__, to, (address)from, nbytes, stream);
 }

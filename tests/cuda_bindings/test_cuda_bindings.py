@@ -36,9 +36,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(library: Path, scenario: str, **environment: str) -> dict[str, Any]:
+def run(library: Path, *scenario: str, **environment: str) -> dict[str, Any]:
     ran = subprocess.run(
-        [sys.executable, str(HERE / "child.py"), scenario],
+        [sys.executable, str(HERE / "child.py"), *scenario],
         # Before all others: whoever looks for that name finds what is there.
         env={**os.environ, "LD_PRELOAD": str(library), **environment},
         capture_output=True,
@@ -58,7 +58,7 @@ def run(library: Path, scenario: str, **environment: str) -> dict[str, Any]:
 def test_a_save_and_a_load_go_through_the_bindings_and_leave_nothing(library: Path):
     from cuda.bindings import driver
 
-    told = run(library, "both ways")
+    told = run(library, "both ways", "0", "1")
     assert told["warned"] == []
     assert told["stream_flags"] == int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
     # The least, of a range from 0 to -5.
@@ -71,23 +71,29 @@ def test_a_save_and_a_load_go_through_the_bindings_and_leave_nothing(library: Pa
     # Of 3 000 small tensors, each way.
     assert told["batched"] >= 6000
     assert told["batches"] < 60
+    assert told["ever_0"] == told["ever_1"] == 1
+
+
+def test_no_context_is_opened_on_a_device_that_has_no_tensor(library: Path):
+    told = run(library, "both ways", "1")
+    assert (told["ever_0"], told["ever_1"]) == (0, 1)
 
 
 def test_a_driver_without_batches_copies_one_by_one(library: Path):
-    told = run(library, "both ways", PRETENDED_WITHOUT_BATCHES="1")
+    told = run(library, "both ways", "0", PRETENDED_WITHOUT_BATCHES="1")
     assert told["batches"] == 0
     assert told["copies"] >= 6000
 
 
 def test_memory_that_may_not_be_pinned_is_warned_of_once_and_used(library: Path):
-    told = run(library, "cuMemHostRegister_v2")
+    told = run(library, "save", "cuMemHostRegister_v2")
     assert told["raised"] == ""
     (warning,) = told["warned"]
     assert "out of memory" in warning
 
 
 def test_a_batch_that_is_refused_is_copied_one_by_one(library: Path):
-    told = run(library, "cuMemcpyBatchAsync_v2")
+    told = run(library, "save", "cuMemcpyBatchAsync_v2")
     assert told["raised"] == ""
     assert told["batches"] == 0
 
@@ -102,15 +108,35 @@ def test_a_batch_that_is_refused_is_copied_one_by_one(library: Path):
         "cuEventRecord",
         "cuEventSynchronize",
         "cuMemcpyDtoHAsync_v2",
+        # And what waits, where there is no event to wait for, refuses as well.
+        "cuEventRecord cuStreamSynchronize",
     ],
 )
 def test_a_call_that_fails_fails_the_save_with_its_words_and_no_other(
     library: Path, function: str
 ):
-    told = run(library, function)
+    told = run(library, "save", *function.split())
+    assert "CUDA_ERROR_OUT_OF_MEMORY (out of memory)" in told["raised"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "cuCtxSynchronize",
+        "cuEventCreate",
+        "cuEventRecord",
+        "cuEventRecord cuStreamSynchronize",
+        "cuEventSynchronize",
+        "cuMemcpyHtoDAsync_v2",
+    ],
+)
+def test_a_call_that_fails_fails_the_load_with_its_words_and_no_other(
+    library: Path, function: str
+):
+    told = run(library, "load", *function.split())
     assert "CUDA_ERROR_OUT_OF_MEMORY (out of memory)" in told["raised"]
 
 
 def test_a_driver_that_does_not_start_is_told(library: Path):
-    told = run(library, "cuInit")
+    told = run(library, "save", "cuInit")
     assert "cuInit: CUDA_ERROR_OUT_OF_MEMORY" in told["raised"]
