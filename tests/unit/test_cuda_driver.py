@@ -5,8 +5,11 @@ Nothing here says that CUDA does what it is asked for; `tests/gpu` does.
 
 import os
 import re
+import subprocess
 import sys
+import textwrap
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -235,6 +238,24 @@ def test_memory_is_first_touched_by_processors_next_to_the_device(tmp_path):
             assert os.sched_getaffinity(0) == before
 
 
+def test_the_thread_that_pins_is_next_to_the_device(api, tmp_path, monkeypatch):
+    (tmp_path / "0000:ab:00.0").mkdir()
+    one = max(os.sched_getaffinity(0))
+    (tmp_path / "0000:ab:00.0" / "local_cpulist").write_text(f"{one}\n")
+    monkeypatch.setattr(
+        cuda_driver, "_next_to", partial(cuda_driver._next_to, root=tmp_path)
+    )
+    found: list[set[int]] = []
+
+    def register(*_: object) -> tuple[object]:
+        found.append(os.sched_getaffinity(0))
+        return (SUCCESS,)
+
+    monkeypatch.setattr(api, "cuMemHostRegister", register, raising=False)
+    CudaDriver().pin(0, 4096, 8192)
+    assert found == [{one}]
+
+
 @pytest.mark.parametrize(
     "error", [ImportError("no module"), RuntimeError("no library")]
 )
@@ -261,6 +282,37 @@ def test_a_driver_that_does_not_start_is_told(monkeypatch):
     monkeypatch.setattr(sys.modules["cuda.bindings"], "driver", module, raising=False)
     with pytest.raises(DeviceError, match="CUDA_ERROR_NO_DEVICE"):
         CudaDriver().check_usable()
+
+
+def test_without_the_bindings_all_that_is_on_the_host_is_saved_and_loaded(tmp_path):
+    program = f"""
+        import sys
+
+        class Missing:
+            def find_spec(self, name, *_):
+                if name.partition(".")[0] == "cuda":
+                    raise ModuleNotFoundError(name)
+
+        sys.meta_path.insert(0, Missing())
+        import torch
+        from aiockpt.sync import CheckpointEngine
+        from aiockpt.staging.cuda_driver import CudaDriver, DeviceError
+
+        with CheckpointEngine({str(tmp_path)!r}) as engine:
+            engine.create("a")
+            engine.save({{"weight": torch.ones(3)}}, "model.pt")
+            engine.commit("a")
+            assert engine.load("model.pt")["weight"].sum() == 3
+        try:
+            CudaDriver().check_usable()
+        except DeviceError as error:
+            print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=60
+    )
+    assert "cuda-python cannot be used here" in done.stdout
 
 
 def test_where_cuda_was_never_used_nothing_is_asked_of_it(monkeypatch):
