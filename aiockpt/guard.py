@@ -9,7 +9,7 @@ Of a save whose tensors are on devices, nobody waits longer than until all copie
 been begun: from there on, the work that the caller enqueues waits, on the device.
 """
 
-__all__ = ["StagingGate"]
+__all__ = ["StagingGate", "before_change"]
 
 import os
 import threading
@@ -121,6 +121,11 @@ class StagingGate:
             self._staging.clear()
             self._changed.notify_all()
 
+    def before_change(self) -> None:
+        """Something else is about to change tensors: it waits, where steps do."""
+        if self._is_holding:
+            self.wait()
+
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer is about to change its tensors: it waits, or it is noted."""
         if not self._staging or self._is_forked:
@@ -168,6 +173,15 @@ class _Hook:
 
 
 _hook = _Hook()
+
+
+def before_change() -> None:
+    """Holds back a change of tensors that is no optimizer's step, as that would be.
+
+    Blocks the thread until what any engine of the process is staging has been staged.
+    """
+    for gate in _hook.gates:
+        gate.before_change()
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:

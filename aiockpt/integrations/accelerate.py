@@ -23,11 +23,14 @@ from typing_extensions import override
 from aiockpt.config import EngineConfig
 from aiockpt.errors import CheckpointNotFoundError, InvalidArgumentError
 from aiockpt.integrations.background import BackgroundTags
+from aiockpt.integrations.forward_state import changed_by_forward
+from aiockpt.integrations.holding import hold_accelerate
 from aiockpt.retention import KeepLast
 
 if find_spec("accelerate") is None:
     text = "saving accelerate's states needs it: pip install aiockpt[transformers]"
     raise ImportError(text)
+hold_accelerate()
 
 # They save shards of their own, each by another way.
 _REFUSED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP", "XLA")
@@ -101,8 +104,9 @@ class CheckpointMixin(_Accelerator):
         if not target.name or (output_dir is None and not is_naming):
             raise InvalidArgumentError(f"{output_dir!r} does not name a directory")
         tags = self._tags_of(target.parent, project.total_limit if is_naming else None)
-        buffers = (buffer for model in self._models for buffer in model.buffers())
-        with tags.saving(target.name, changing=buffers) as directory:
+        models = self._models
+        changing = (each for model in models for each in changed_by_forward(model))
+        with tags.saving(target.name, changing=changing) as directory:
             # The name has been chosen; accelerate would choose it again.
             project.automatic_checkpoint_naming = False
             try:

@@ -6,17 +6,32 @@ of batch norms even without a trace in the tensor's version. They are small: the
 copied while the trainer calls.
 """
 
-__all__ = ["with_copies"]
+__all__ = ["changed_by_forward", "with_copies"]
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 # Statistics of a layer are as wide as the layer; weights are larger.
 _MAX_COPIED_BYTES = 64 * 1024
+
+
+def changed_by_forward(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """What a module's forward pass may change in place.
+
+    Its buffers; and weights of embeddings with a `max_norm`, whose rows are scaled down
+    as they are looked up.
+    """
+    yield from module.buffers()
+    for part in module.modules():
+        match part:
+            case torch.nn.Embedding() | torch.nn.EmbeddingBag() if part.max_norm:
+                yield part.weight
+            case _:
+                pass
 
 
 def with_copies(state: Any, changing: Iterable[torch.Tensor] = ()) -> Any:

@@ -21,6 +21,8 @@ from typing_extensions import override
 from aiockpt.config import EngineConfig
 from aiockpt.errors import CheckpointError, InvalidArgumentError
 from aiockpt.integrations.background import BackgroundTags
+from aiockpt.integrations.forward_state import changed_by_forward
+from aiockpt.integrations.holding import hold_accelerate
 
 try:
     from transformers.trainer_callback import ExportableState
@@ -29,6 +31,8 @@ except ImportError as missing:
         "the Trainer's checkpoints need transformers: pip install aiockpt[transformers]"
     )
     raise ImportError(text) from missing
+
+hold_accelerate()
 
 # A name that `TrainerState.load_from_json` and the stock Trainer look for.
 _STATE_NAME = "trainer_state.json"
@@ -145,7 +149,7 @@ class CheckpointMixin(_Trainer):
         tags = self._tags_of(root.absolute())
         if self.args.should_save:
             _remove_sentinel(root / tag)
-        with tags.saving(tag, changing=self.model.buffers()) as directory:
+        with tags.saving(tag, changing=changed_by_forward(self.model)) as directory:
             self.save_model(directory, _internal_call=True)
             self._note_best(root, tag)
             if not self.args.save_only_model:

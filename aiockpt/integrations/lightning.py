@@ -7,6 +7,7 @@ The files are those that Lightning writes itself: any version of it resumes from
 
 __all__ = ["AiockptCheckpointIO"]
 
+import contextlib
 import importlib
 import logging
 import os
@@ -19,6 +20,7 @@ from typing import Any
 from aiockpt.config import EngineConfig
 from aiockpt.errors import CheckpointError, InvalidArgumentError
 from aiockpt.integrations.forward_state import with_copies
+from aiockpt.integrations.holding import hold
 from aiockpt.loop_thread import Call
 from aiockpt.machinery import Machinery
 from aiockpt.onefile import load_blocking
@@ -26,6 +28,17 @@ from aiockpt.single_files import SingleFiles
 from aiockpt.threads import outlast, run_blocking
 
 _logger = logging.getLogger(__name__)
+
+# Callbacks of Lightning's own that average weights, and what of theirs writes averages
+# to the model, or the model to averages, behind a save.
+_AVERAGING = {
+    "WeightAveraging": (
+        "_swap_models",
+        "_copy_average_to_current",
+        "on_train_epoch_end",
+    ),
+    "StochasticWeightAveraging": ("update_parameters", "transfer_weights"),
+}
 
 
 class AiockptCheckpointIO:
@@ -37,10 +50,11 @@ class AiockptCheckpointIO:
     is raised by the next call; `teardown`, at the end of `fit`, waits for everything.
     What is saved after that is finished before the interpreter exits.
 
-    Torch optimizers wait in `step` until all has been copied. Tensors that change
-    without one, in the forward pass, are copied at once if they are small (64 KiB).
-    A module that changes a larger one calls `wait_staged` first, or the save fails with
-    `TornSnapshotError`.
+    Torch optimizers wait in `step` until all has been copied, and so do Lightning's
+    callbacks that average weights. Tensors that change without these, in the forward
+    pass or in a hook of yours, are copied at once if they are small (64 KiB). Who
+    changes a larger one calls `wait_staged` first, or the save fails with
+    `TornSnapshotError`; not even that where it is changed through `.data`.
 
     With `save_last="link"` the link may point to a file that is not there yet.
     Strategies that save shards by themselves (FSDP sharded, DeepSpeed, XLA) never call
@@ -240,6 +254,12 @@ def _register() -> None:
         raise ImportError(text)
     for module in found:
         module.CheckpointIO.register(AiockptCheckpointIO)
+    for name in ("lightning.pytorch.callbacks", "pytorch_lightning.callbacks"):
+        # Fabric may be there without them.
+        with contextlib.suppress(ImportError):
+            callbacks = importlib.import_module(name)
+            for kind, methods in _AVERAGING.items():
+                hold(getattr(callbacks, kind, None), *methods)
 
 
 _register()

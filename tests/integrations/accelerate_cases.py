@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 from aiockpt.errors import CheckpointError
 from aiockpt.integrations.accelerate import CheckpointMixin
+from aiockpt.integrations.background import BackgroundTags
 from aiockpt.testing.faults import Fail, Fault, inject
+from integrations.late_staging import late_staging
 from integrations.processes import Hold, names, run_case
 
 torch.set_num_threads(1)
@@ -96,6 +98,49 @@ def resume(out: str, *, safe: bool) -> Any:
         "losses": next_losses, "resumed": resumed, "place": str(place),
         "files": [names(f"{out}/ours/3"), names(f"{out}/stock")],
     }  # fmt: skip
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Has other weights for training than for evaluation."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self._set(is_training=True, factor=1)
+
+    def _set(self, *, is_training: bool, factor: float) -> None:
+        for group in self.param_groups:
+            if group.get("train_mode") is not is_training:
+                group["train_mode"] = is_training
+                for parameter in group["params"]:
+                    parameter.data.mul_(factor)
+
+    def train(self) -> None:
+        self._set(is_training=True, factor=-1)
+
+    def eval(self) -> None:
+        self._set(is_training=False, factor=-1)
+
+
+def modes(out: str) -> Any:
+    """What is saved, and whether it is being staged, as an optimizer's mode changes."""
+    accelerator = Ours(cpu=True)
+    model = torch.nn.Linear(512, 512)
+    model, optimizer = accelerator.prepare(model, ScheduleFree(model.parameters()))
+    told = {}
+    for before, after in (
+        ("train", "train"), ("train", "eval"), ("eval", "eval"), ("eval", "train")
+    ):  # fmt: skip
+        getattr(optimizer, before)()
+        weight, name = model.weight.detach().clone(), f"{before}-{after}"
+        with late_staging((Ours, "save_state"), (BackgroundTags, "drain")):
+            accelerator.save_state(f"{out}/{name}")
+            getattr(optimizer, after)()
+            is_staging = accelerator._tags._runtime._machinery.gate.is_staging
+            accelerator.drain_checkpoints()
+        saved = load_file(f"{out}/{name}/model.safetensors")["weight"]
+        told[name] = [torch.equal(saved, weight), is_staging]
+    accelerator.end_training()
+    return told
 
 
 def held(out: str) -> Any:
@@ -236,6 +281,7 @@ CASES = {
     for case in (
         resume,
         held,
+        modes,
         forward_meanwhile,
         load_pending,
         named,

@@ -12,11 +12,17 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 
 from aiockpt.errors import CheckpointError
 from aiockpt.integrations.lightning import AiockptCheckpointIO
 from aiockpt.testing.faults import Fail, Fault, inject
+from integrations.late_staging import late_staging
 from integrations.processes import Hold, names, run_case
 
 torch.set_num_threads(1)
@@ -246,6 +252,69 @@ def forward_meanwhile(out: str, kind: str, width: int, *, wait: bool) -> Any:
     return {"error": error, "is_before": is_before}
 
 
+class Wide(Module):
+    """Its weights are too large to be copied at a save."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(8, 2048), torch.nn.Linear(2048, 16)
+        )
+
+    def validation_step(self, batch, _index):
+        self.log("loss", self.net(batch[0]).pow(2).mean())
+
+
+AVERAGES = {
+    "ema": lambda: EMAWeightAveraging(decay=0.5),
+    "ema of epochs": lambda: EMAWeightAveraging(
+        decay=0.5, update_every_n_steps=100, update_starting_at_epoch=0
+    ),
+    "swa": lambda: StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1),
+}
+
+
+def averages(out: str, kind: str, **saving: Any) -> Any:
+    """The files of the stock and of ours where a callback averages behind saves."""
+    late = late_staging(
+        (AiockptCheckpointIO, "save_checkpoint"), (AiockptCheckpointIO, "_drain")
+    )
+    files = []
+    for io, run, context in (
+        (None, "stock", contextlib.nullcontext()),
+        (AiockptCheckpointIO(IO), "ours", late),
+    ):
+        lightning.seed_everything(0)
+        callbacks = [
+            AVERAGES[kind](),
+            ModelCheckpoint(f"{out}/{run}", "{step}", save_top_k=-1, **saving),
+        ]
+        training = lightning.Trainer(
+            max_epochs=4, limit_train_batches=3, limit_val_batches=1, accelerator="cpu",
+            logger=False, plugins=[io] if io else [], callbacks=callbacks,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
+        )  # fmt: skip
+        with context:
+            training.fit(Wide(), data(), data())
+        files.append({n: content(f"{out}/{run}/{n}") for n in names(f"{out}/{run}")})
+    stock, ours = files
+    return {
+        "names": [list(stock), list(ours)],
+        "differing": [name for name in stock if not _same(stock[name], ours[name])],
+    }
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two checkpoints hold the same tensors, however deep."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return all(map(_same, one, other))
+    return True
+
+
 def bad_calls(out: str) -> Any:
     """Each is refused, and nothing is changed."""
     io = AiockptCheckpointIO(IO)
@@ -290,7 +359,7 @@ CASES = {
     case.__name__: case
     for case in (
         resume, held, kept, failed, wrong_step, remove_early, load_pending,
-        forward_meanwhile, bad_calls, after_fit, two_devices,
+        forward_meanwhile, averages, bad_calls, after_fit, two_devices,
     )
 }  # fmt: skip
 

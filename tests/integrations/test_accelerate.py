@@ -46,6 +46,20 @@ def test_what_a_forward_pass_changes_is_saved_as_it_was(cases, tmp_path):
     assert cases.ask("forward_meanwhile", out=str(tmp_path)) is True
 
 
+def test_an_optimizer_that_changes_its_mode_waits_if_that_rewrites_weights(
+    cases, tmp_path
+):
+    facts = cases.ask("modes", out=str(tmp_path))
+
+    # Each was saved as it was; and where nothing was rewritten, nobody waited.
+    assert facts == {
+        "train-train": [True, True],
+        "train-eval": [True, False],
+        "eval-eval": [True, True],
+        "eval-train": [True, False],
+    }
+
+
 def test_loading_waits_for_a_state_that_is_on_its_way(cases, tmp_path):
     assert cases.ask("load_pending", out=str(tmp_path)) == 0
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from aiockpt.integrations.forward_state import with_copies
+from aiockpt.integrations.forward_state import changed_by_forward, with_copies
 
 SMALL, LARGE = 64 * 1024 // 4, 64 * 1024 // 4 + 1
 
@@ -30,6 +30,22 @@ def test_tensors_that_are_known_to_change_are_copied_whatever_their_size():
 
     assert taken["view"].sum() == 0
     assert taken["view"].shape == (LARGE - 1,)
+
+
+def test_buffers_and_embeddings_that_are_scaled_change_in_a_forward_pass():
+    plain, scaled = torch.nn.Embedding(9, 4), torch.nn.Embedding(9, 4, max_norm=0.1)
+    bag, norm = torch.nn.EmbeddingBag(9, 4, max_norm=0.1), torch.nn.BatchNorm1d(4)
+    module = torch.nn.ModuleList([plain, scaled, bag, norm])
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+
+    for part in (plain, scaled, bag):
+        part(torch.arange(9).view(3, 3))
+    norm(torch.randn(5, 4))
+
+    found = {tensor.data_ptr() for tensor in changed_by_forward(module)}
+    for key, tensor in module.state_dict().items():
+        has_changed = not torch.equal(tensor, state[key])
+        assert (tensor.data_ptr() in found) == has_changed, key
 
 
 def test_what_shared_memory_shares_it_still():

@@ -73,6 +73,17 @@ def test_the_last_checkpoint_has_its_second_name(cases, tmp_path, kind):
     assert facts["links"] == (["last.ckpt"] if kind == "link" else [])
 
 
+@pytest.mark.parametrize("kind", ["ema", "ema of epochs", "swa"])
+@pytest.mark.parametrize("saving", ["every_n_train_steps", "every_n_epochs"])
+def test_averages_are_not_written_over_what_is_being_saved(
+    cases, tmp_path, kind, saving
+):
+    facts = cases.ask("averages", out=str(tmp_path), kind=kind, **{saving: 2})
+
+    assert facts["names"][0] == facts["names"][1] != []
+    assert facts["differing"] == []
+
+
 def test_a_failed_save_is_raised_by_the_next_and_removes_no_other(cases, tmp_path):
     facts = cases.ask("failed", out=str(tmp_path), step=4)
 

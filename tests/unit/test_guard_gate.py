@@ -283,3 +283,36 @@ def test_a_step_that_waits_goes_on_whichever_gates_come_and_go_meanwhile(gate, c
     if change == "come":
         newest.close()
         other.close()
+
+
+def test_what_changes_tensors_without_a_step_waits_as_one_does(gate):
+    (save,) = entered(gate)
+    changing = held_at(gate, guard.before_change)
+    assert not changing.done()
+    gate.leave(save)
+    changing.result(LIMIT_S)
+
+
+def test_what_changes_tensors_goes_on_where_steps_do(watching_gate):
+    entered(watching_gate)
+    guard.before_change()
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo's own
+def test_a_compiled_step_waits_where_it_was_compiled_without_need(gate, monkeypatch):
+    waits: list[int] = []
+    monkeypatch.setattr(
+        StagingGate, "wait", lambda gate: waits.append(len(gate._staging))
+    )
+    weight = torch.nn.Parameter(torch.ones(4))
+    weight.grad = torch.ones(4)
+    step = torch.compile(torch.optim.SGD([weight]).step, backend="eager")
+    for _ in range(2):
+        step()
+    assert waits == []
+    saves = entered(gate)
+    step()
+    assert waits == [1]
+    gate.leave(saves[0])
+    step()
+    assert waits == [1]

@@ -18,6 +18,11 @@ _CHANGING = ("_take_model_step", "offload_states", "reload_states")
 _FREEING = ("destroy",)
 # That of ZeRO-3's `Init` through which parameters go back that were gathered.
 _WRITING_BACK = "_partition"
+# Those of a `DeepSpeedHybridEngine` that fold adapters into weights and back, or turn
+# weights around for inference.
+_CHANGING_HYBRID = ("generate", "eval", "train")
+# What says that a `DeepSpeedEngine` changes states at times of its own.
+_RESTLESS = ("zenflow", "super_offload", "is_deepcompile_enabled")
 # What rank 0 does while the others wait at a barrier.
 _ALONE = ("_copy_recovery_script",)
 
@@ -36,6 +41,7 @@ def install() -> None:
         zero: Any = importlib.import_module(
             "deepspeed.runtime.zero.partition_parameters"
         )
+        hybrid: Any = importlib.import_module("deepspeed.runtime.hybrid_engine")
         interface: Any = importlib.import_module(
             "deepspeed.runtime.checkpoint_engine.checkpoint_engine"
         )
@@ -58,6 +64,9 @@ def install() -> None:
     for name in _CHANGING + _FREEING:
         is_freeing = name in _FREEING
         setattr(kind, name, _changing(getattr(kind, name), is_freeing=is_freeing))
+    kind = hybrid.DeepSpeedHybridEngine
+    for name in _CHANGING_HYBRID:
+        setattr(kind, name, _changing(getattr(kind, name), is_freeing=False))
 
 
 # One for all engines of a process with the same settings, and so one ring.
@@ -95,9 +104,18 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
         if engine is None:
             return original(self, *args, **kwargs)
         with engine.handing_over(self.module.buffers()):
-            return original(self, *args, **kwargs)
+            saved = original(self, *args, **kwargs)
+        if _is_restless(self):
+            engine.wait_staged(is_freeing=True)
+        return saved
 
     return save_checkpoint
+
+
+def _is_restless(deepspeed_engine: Any) -> bool:
+    """Whether optimizer states change outside of steps: in passes, or in a process."""
+    modes = (getattr(deepspeed_engine, name, None) for name in _RESTLESS)
+    return any(mode() if callable(mode) else mode for mode in modes)
 
 
 def _telling(original: Callable[..., Any]) -> Callable[..., Any]:

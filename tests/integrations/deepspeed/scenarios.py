@@ -3,6 +3,7 @@
 Started by torchrun with two ranks: `scenarios.py NAMES DIRECTORY [--install]`.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -10,10 +11,12 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from late_staging import late_staging
 from trainers import OURS, PATIENCE, Trainer, check, config, latest, run_all
 
@@ -194,6 +197,32 @@ def what_was_gathered_is_not_written_back_while_it_is_being_staged(problems, roo
     saved = torch.load(f"{root}/changed/zero_pp_rank_0_mp_rank_00_model_states.pt")
     fragments = saved["frozen_param_fragments"].values()
     check(problems, all(each.any() for each in fragments), "it was changed too early")
+
+
+def what_changes_at_times_of_its_own_is_staged_at_once(problems, root):
+    trainer = Trainer(CELL, is_ours=True)
+    trainer.run(0, 1)
+    engine, gate = trainer.engine, trainer.engine.checkpoint_engine
+    staging = []
+    with late_staging():
+        for mode in ("zenflow", "super_offload", "is_deepcompile_enabled", None):
+            if mode is not None:
+                before = getattr(engine, mode)
+                setattr(engine, mode, (lambda: True) if callable(before) else True)
+            engine.save_checkpoint(root, tag=f"{mode}")
+            staging.append(gate.is_staging)
+            if mode is not None:
+                setattr(engine, mode, before)
+        # A hybrid engine wants a GPU; what its methods do first does not.
+        for name in ("generate", "eval", "train"):
+            engine.save_checkpoint(root, tag=name)
+            hybrid = SimpleNamespace(checkpoint_engine=engine.checkpoint_engine)
+            with contextlib.suppress(AttributeError, TypeError):
+                getattr(DeepSpeedHybridEngine, name)(hybrid)
+            staging.append(gate.is_staging)
+    trainer.end()
+    expected = [False, False, False, True, False, False, False]
+    check(problems, staging == expected, f"being staged: {staging}")
 
 
 def an_engine_that_is_collected_waits_for_nothing(problems, root):

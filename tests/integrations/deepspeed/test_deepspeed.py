@@ -136,6 +136,7 @@ CASES = [
     "no_step_waits_for_the_disk",
     "nothing_is_moved_or_freed_while_it_is_being_staged",
     "what_was_gathered_is_not_written_back_while_it_is_being_staged",
+    "what_changes_at_times_of_its_own_is_staged_at_once",
     "an_engine_that_is_collected_waits_for_nothing",
     "an_engine_that_is_only_assigned_commits_at_once",
     "a_full_disk_on_one_rank",
