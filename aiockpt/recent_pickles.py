@@ -66,11 +66,26 @@ class _Likeness(NamedTuple):
         numbers: Numbers in the order in which they are met; some may be in the digest
             instead.
         storages: Those behind the tensors, in the order in which they are met.
+        tensors: The tensors, likewise.
+        told: What is in the digest of the tensors.
     """
 
     digest: bytes
     numbers: list[Number]
     storages: list[UntypedStorage]
+    tensors: Sequence[Tensor]
+    told: list[object]
+
+    def is_lasting(self) -> bool:
+        """Whether the tensors are what they were: all else is the capture's own.
+
+        Who trains may give one other memory, or another shape, at any moment.
+        """
+        storages: list[UntypedStorage] = []
+        if not all(map(is_plain, self.tensors)):
+            return False
+        is_as_told = _told(self.tensors, storages) == self.told
+        return is_as_told and _addresses(storages) == _addresses(self.storages)
 
 
 class _Recent(NamedTuple):
@@ -111,7 +126,12 @@ def pickle_like_before(tree: object) -> Pickled:
     pickled = None if recent is None else recent.over(likeness)
     if pickled is None:
         pickled = pickle_state(tree)
-        recent = _recent_of(pickled, likeness, recent)
+        # What was changed meanwhile may stand in the pickle, and not in the digest: this
+        # save will be told of that, and no other is to have it.
+        if likeness.is_lasting():
+            recent = _recent_of(pickled, likeness, recent)
+        else:
+            recent = None
     if recent is not None:
         _kept[likeness.digest] = recent
         _drop_oldest()
@@ -155,16 +175,17 @@ def _likeness_of(tree: object) -> _Likeness | None:
         pickler.dump(tree)
         if not all(map(is_plain, pickler.tensors)):
             return None
-        told = _told(pickler.tensors, storages)
+        told_of_tensors = _told(pickler.tensors, storages)
     except Exception:  # noqa: BLE001 - pickling says what is wrong, if anything is
         return None
-    told += pickler.are_own
+    told = [*told_of_tensors, *pickler.are_own]
     numbers = pickler.numbers
     if not pickler.is_steady:
         told += numbers
         numbers = []
     digest.update(marshal.dumps(told, _MARSHAL_VERSION))
-    return _Likeness(digest.digest(), numbers, storages)
+    tensors = pickler.tensors
+    return _Likeness(digest.digest(), numbers, storages, tensors, told_of_tensors)
 
 
 def _told(tensors: Sequence[Tensor], storages: list[UntypedStorage]) -> list[object]:
@@ -176,7 +197,7 @@ def _told(tensors: Sequence[Tensor], storages: list[UntypedStorage]) -> list[obj
     as long.
     """
     each = list(map(Tensor.untyped_storage, tensors))
-    addresses = list(map(_address, each))
+    addresses = _addresses(each)
     by_address = dict(zip(addresses, each, strict=True))
     storages += by_address.values()
     dtypes = list(map(_dtype, tensors))
@@ -192,6 +213,10 @@ def _told(tensors: Sequence[Tensor], storages: list[UntypedStorage]) -> list[obj
         list(chain.from_iterable(map(_shape, tensors))),
         list(chain.from_iterable(map(Tensor.stride, tensors))),
     ]
+
+
+def _addresses(storages: Iterable[UntypedStorage]) -> list[int]:
+    return list(map(_address, storages))
 
 
 _address = operator.attrgetter("_cdata")

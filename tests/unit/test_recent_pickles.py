@@ -71,6 +71,51 @@ def training(step: int = 0) -> dict[str, object]:
     }
 
 
+def swapped(a: torch.Tensor, b: torch.Tensor) -> None:
+    a.data, b.data = b.data, a.data
+
+
+def tied(a: torch.Tensor, b: torch.Tensor) -> None:
+    b.data = a.data
+
+
+def cut_short(a: torch.Tensor, _: torch.Tensor) -> None:
+    a.data = a.data[:2]
+
+
+def turned(a: torch.Tensor, _: torch.Tensor) -> None:
+    a.data = a.data.view(3, 2).t()
+
+
+def trained(a: torch.Tensor, _: torch.Tensor) -> None:
+    a.requires_grad_()
+
+
+def annotated(a: torch.Tensor, _: torch.Tensor) -> None:
+    a.note = "of the caller"
+
+
+@pytest.mark.parametrize(
+    "change", [swapped, tied, cut_short, turned, trained, annotated]
+)
+def test_what_changes_while_it_is_pickled_is_in_no_other_pickle(change, monkeypatch):
+    a, b = torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3) * 2
+    state, kept = {"a": a, "b": b}, (a.data, b.data)
+
+    def late(tree: object) -> Pickled:
+        change(a, b)
+        return pickle_state(tree)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recent_pickles, "pickle_state", late)
+        pickle_like_before(state)
+    a.data, b.data = kept
+    a.requires_grad_(False)
+    vars(a).clear()
+    for _ in range(2):
+        assert told(pickle_like_before(state)) == told(pickle_state(state))
+
+
 def test_the_next_save_of_a_run_has_the_pickle_of_the_last(anew):
     first, second = training(1), training(2)
     pickle_like_before(first)
