@@ -9,18 +9,22 @@ Of a save whose tensors are on devices, nobody waits longer than until all copie
 been begun: from there on, the work that the caller enqueues waits, on the device.
 """
 
-__all__ = ["StagingGate", "before_change"]
+__all__ = ["StagingGate", "before_change", "changing", "check_at_rest"]
 
+import collections
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from aiockpt.capture import Capture
 from aiockpt.capturing.marks import storage_ptrs
+from aiockpt.errors import EngineStateError
 
 
 class Staging(Protocol):
@@ -182,6 +186,51 @@ def before_change() -> None:
     """
     for gate in _hook.gates:
         gate.before_change()
+
+
+# How many loads are filling the storages at these data pointers.
+_filled: collections.Counter[int] = collections.Counter()
+_filling = threading.Lock()
+
+
+@contextmanager
+def changing(tensors: Iterable[torch.Tensor]) -> Generator[None]:
+    """Within, a load fills tensors: it waits as a step does, and none can be saved.
+
+    Where a save came in between, or the guard is off, that save finds itself torn: the
+    tensors' version counters are raised before the first byte is written.
+    """
+    tensors = list(tensors)
+    pointers = storage_ptrs(tensors)
+    with _filling:
+        _filled.update(pointers)
+    try:
+        before_change()
+        for tensor in tensors:
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
+        yield
+    finally:
+        with _filling:
+            _filled.subtract(pointers)
+            for pointer in [each for each in pointers if not _filled[each]]:
+                del _filled[pointer]
+
+
+def check_at_rest(capture: Capture) -> None:
+    """Returns if no load is filling any tensor of a state.
+
+    Raises:
+        EngineStateError: One is; the message names the key.
+    """
+    if not _filled:
+        return
+    with _filling:
+        filled = set(_filled)
+    for tensor in capture.tensors:
+        if filled & storage_ptrs([tensor]):
+            key = capture.key_of(tensor)
+            raise EngineStateError(f"{key} is being filled by a load: await that first")
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:

@@ -75,7 +75,9 @@ class LoadOptions:
         mmap: Map the file instead of reading it. Tensors are read, unchecked, when
             they are looked at; changing them does not change the file.
         into: Nested mappings, lists and tuples of tensors (or modules and
-            optimizers, which stand for their state dicts) to fill in place.
+            optimizers, which stand for their state dicts) to fill in place, once
+            what any engine of the process is staging has been staged. Until the load
+            has ended they cannot be saved.
         keys: Key paths of tensors, or globs over them (`model.layers.0.*`): only
             these are read (or filled), and the result is a dictionary of tensors
             by key path.

@@ -16,7 +16,7 @@ from aiockpt.checksums import AbandonedError, Checksums
 from aiockpt.errors import CheckpointError, TornSnapshotError
 from aiockpt.events import Event, Planned, Staged, Written
 from aiockpt.file_save import FileSave
-from aiockpt.guard import StagingGate
+from aiockpt.guard import StagingGate, check_at_rest
 from aiockpt.image import Chunk
 from aiockpt.manifest import FileEntry
 from aiockpt.plan import FilePlan, make_plan
@@ -61,9 +61,13 @@ class Saver:
         """Has `save` staged behind what the calling thread has enqueued on devices.
 
         Raises:
+            EngineStateError: A load is filling a tensor of it.
             StagingError: It is on a device that cannot be used, or refuses.
         """
-        if self.devices is not None and save.capture is not None:
+        if save.capture is None:
+            return
+        check_at_rest(save.capture)
+        if self.devices is not None:
             save.stager = mark(self.devices, self.copiers, save.capture)
 
     async def run(self, save: FileSave, target: str, rank: int) -> None:

@@ -15,6 +15,7 @@ from aiockpt.formats.safetensors import (
     header_nbytes,
     parse_header,
 )
+from aiockpt.guard import changing
 from aiockpt.loading.bulk import BulkRead, Reads
 from aiockpt.loading.filling import (
     Piece,
@@ -154,12 +155,13 @@ class SafetensorsLoading:
                 indirect[name] = piece
         is_whole = self.is_whole and targets.is_strict and not is_chosen
         read = entries if is_whole else {name: entries[name] for name in direct}
-        with filling(direct, self.reader.device_of) as filled:
-            reads = self._reads(read, fills=filled, is_whole=is_whole)
-            with self.reader.reading(self.file, reads) as bulk:
-                total = bulk.wait()
-        for name, piece in indirect.items():
-            self._fill_by_copy(entries[name], piece)
+        with changing(tensors[name] for name in entries):
+            with filling(direct, self.reader.device_of) as filled:
+                reads = self._reads(read, fills=filled, is_whole=is_whole)
+                with self.reader.reading(self.file, reads) as bulk:
+                    total = bulk.wait()
+            for name, piece in indirect.items():
+                self._fill_by_copy(entries[name], piece)
         return {name: tensors[name] for name in entries}, total if is_whole else None
 
     def _fill_by_copy(self, entry: TensorEntry, piece: Piece) -> None:

@@ -12,6 +12,7 @@ from typing import Final, cast
 import torch
 
 from aiockpt.errors import CorruptCheckpointError, InvalidArgumentError
+from aiockpt.guard import changing
 from aiockpt.loading.bulk import BulkRead, Reads
 from aiockpt.loading.filling import (
     Piece,
@@ -126,10 +127,11 @@ class TorchLoading:
         pickle = emit(shown, like=self.records.pickle, substitutes=numbers)
         substitutes = [tensors[key] for key in nodes]
         result = self._run(pickle, self._fetch(None), substitutes)
-        with self.reader.settling(tensors[key] for key in sources):
-            for key, source in sources.items():
-                self._copy(key, source, tensors[key])
-        return result, self._fill(fills, is_whole=self.is_whole and is_all)
+        with changing(substitutes):
+            with self.reader.settling(tensors[key] for key in sources):
+                for key, source in sources.items():
+                    self._copy(key, source, tensors[key])
+            return result, self._fill(fills, is_whole=self.is_whole and is_all)
 
     def _run(
         self,
