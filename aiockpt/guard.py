@@ -9,12 +9,19 @@ Of a save whose tensors are on devices, nobody waits longer than until all copie
 been begun: from there on, the work that the caller enqueues waits, on the device.
 """
 
-__all__ = ["StagingGate", "before_change", "changing", "check_at_rest"]
+__all__ = [
+    "StagingGate",
+    "before_change",
+    "changing",
+    "check_at_rest",
+    "look_again",
+]
 
 import collections
+import concurrent.futures
 import os
 import threading
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Protocol
@@ -76,7 +83,7 @@ class StagingGate:
             self._staging[id(save)] = save
 
     def look_again(self) -> None:
-        """A save has set `is_begun`: who waits for it goes on."""
+        """A save has set `is_begun`, or somebody was stopped: who waits for it goes on."""
         with self._changed:
             self._changed.notify_all()
 
@@ -91,11 +98,14 @@ class StagingGate:
         """Whether anything is being staged, by this process."""
         return bool(self._staging) and not self._is_forked
 
-    def wait(self) -> None:
+    def wait(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
         """Blocks the thread until everything that is being staged now has been.
 
         What it enqueues on its current streams afterwards is made to wait, where
         devices are still at copies.
+
+        Args:
+            is_stopped: Asked after each `look_again`; it then waits no longer.
         """
         if not self._staging or self._is_forked:
             return
@@ -104,15 +114,24 @@ class StagingGate:
             waited = list(self._staging.values())
         for save in waited:
             save.hurry()
-        self._wait_for(waited, or_begun=True)
-        self._wait_for([save for save in waited if not save.follow()], or_begun=False)
+        self._wait_for(waited, is_stopped, or_begun=True)
+        if is_stopped():
+            return
+        held = [save for save in waited if not save.follow()]
+        self._wait_for(held, is_stopped, or_begun=False)
         for save in waited:
             # Shared among the saves, so that the tag's sum is the time once.
             save.stall_s += (perf_counter() - start) / len(waited)
 
-    def _wait_for(self, saves: Sequence[Staging], *, or_begun: bool) -> None:
+    def _wait_for(
+        self,
+        saves: Sequence[Staging],
+        is_stopped: Callable[[], bool],
+        *,
+        or_begun: bool,
+    ) -> None:
         with self._changed:
-            while any(
+            while not is_stopped() and any(
                 id(save) in self._staging and not (or_begun and save.is_begun)
                 for save in saves
             ):
@@ -125,10 +144,10 @@ class StagingGate:
             self._staging.clear()
             self._changed.notify_all()
 
-    def before_change(self) -> None:
+    def before_change(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
         """Something else is about to change tensors: it waits, where steps do."""
         if self._is_holding:
-            self.wait()
+            self.wait(is_stopped)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer is about to change its tensors: it waits, or it is noted."""
@@ -179,13 +198,20 @@ class _Hook:
 _hook = _Hook()
 
 
-def before_change() -> None:
+def before_change(is_stopped: Callable[[], bool] = lambda: False) -> None:
     """Holds back a change of tensors that is no optimizer's step, as that would be.
 
-    Blocks the thread until what any engine of the process is staging has been staged.
+    Blocks the thread until what any engine of the process is staging has been staged;
+    or until it is stopped, and `look_again` was called.
     """
     for gate in _hook.gates:
-        gate.before_change()
+        gate.before_change(is_stopped)
+
+
+def look_again() -> None:
+    """Whoever waits looks whether it has been stopped; from any thread."""
+    for gate in _hook.gates:
+        gate.look_again()
 
 
 # How many loads are filling the storages at these data pointers.
@@ -194,18 +220,33 @@ _filling = threading.Lock()
 
 
 @contextmanager
-def changing(tensors: Iterable[torch.Tensor]) -> Generator[None]:
+def changing(
+    tensors: Iterable[torch.Tensor], check: Callable[[], object] = lambda: None
+) -> Generator[None]:
     """Within, a load fills tensors: it waits as a step does, and none can be saved.
 
     Where a save came in between, or the guard is off, that save finds itself torn: the
     tensors' version counters are raised before the first byte is written.
+
+    Args:
+        tensors: What is filled.
+        check: Raises where the load has been stopped, which also ends the waiting.
     """
+
+    def is_stopped() -> bool:
+        try:
+            check()
+        except concurrent.futures.CancelledError:
+            return True
+        return False
+
     tensors = list(tensors)
     pointers = storage_ptrs(tensors)
     with _filling:
         _filled.update(pointers)
     try:
-        before_change()
+        before_change(is_stopped)
+        check()
         for tensor in tensors:
             if not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)

@@ -224,10 +224,10 @@ def noted_waits(patch: pytest.MonkeyPatch) -> "Future[None]":
     waits: Future[None] = Future()
     original = StagingGate.wait
 
-    def wait(gate: StagingGate) -> None:
+    def wait(gate: StagingGate, *args: Any) -> None:
         if not waits.done():
             waits.set_result(None)
-        original(gate)
+        original(gate, *args)
 
     patch.setattr(StagingGate, "wait", wait)
     return waits

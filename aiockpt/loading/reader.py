@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from aiockpt.guard import look_again
 from aiockpt.loading.bulk import BulkRead, Reads
 from aiockpt.loading.filling import Target
 from aiockpt.loop_thread import Call
@@ -177,3 +178,5 @@ class Reader:
             self._is_stopped = True
             if self._current is not None:
                 self._current.stop()
+        # It may be waiting for what is being staged.
+        look_again()

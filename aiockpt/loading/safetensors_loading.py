@@ -155,7 +155,8 @@ class SafetensorsLoading:
                 indirect[name] = piece
         is_whole = self.is_whole and targets.is_strict and not is_chosen
         read = entries if is_whole else {name: entries[name] for name in direct}
-        with changing(tensors[name] for name in entries):
+        targeted = [tensors[name] for name in entries]
+        with changing(targeted, self.reader.check):
             with filling(direct, self.reader.device_of) as filled:
                 reads = self._reads(read, fills=filled, is_whole=is_whole)
                 with self.reader.reading(self.file, reads) as bulk:

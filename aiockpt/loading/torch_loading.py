@@ -127,7 +127,7 @@ class TorchLoading:
         pickle = emit(shown, like=self.records.pickle, substitutes=numbers)
         substitutes = [tensors[key] for key in nodes]
         result = self._run(pickle, self._fetch(None), substitutes)
-        with changing(substitutes):
+        with changing(substitutes, self.reader.check):
             with self.reader.settling(tensors[key] for key in sources):
                 for key, source in sources.items():
                     self._copy(key, source, tensors[key])

@@ -11,7 +11,7 @@ import aiockpt
 from aiockpt.loading import arenas as arenas_module
 from aiockpt.loading.bulk import BulkRead
 from aiockpt.storage import local_read, local_write
-from gates import LIMIT_S, Gate, held, turns
+from gates import LIMIT_S, RING_8_MIB, Gate, held, turns
 from thread_work import no_cycle_collector
 
 MIB = 1 << 20
@@ -419,25 +419,27 @@ async def test_what_map_location_raises_is_raised_once_and_as_it_is(engine):
     assert asked == ["cpu"]
 
 
-async def test_a_load_that_waits_for_the_ring_can_be_cancelled(engine, monkeypatch):
+@pytest.mark.parametrize("guard", [True, False], ids=["staging", "ring"])
+async def test_a_load_that_waits_for_a_save_can_be_cancelled(guard, root, monkeypatch):
     state = model_state()
-    await saved(engine, state)
-    into = {
-        "large": torch.zeros_like(state["large"]),
-        "small": [torch.zeros_like(t) for t in state["small"]],
-    }
-    with held(monkeypatch, local_write.LocalWriteFile, "_write") as gate:
-        await engine.create("two")
-        await engine.save(state, "model.pt")
-        await gate.reached()
-        while engine.ring_bytes[0] < engine.ring_bytes[1]:
-            await turns(1)
-        task = asyncio.create_task(engine.load("model.pt", tag="one", into=into))
-        await turns(20)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(asyncio.shield(task), LIMIT_S)
-    await engine.commit("two")
+    async with aiockpt.CheckpointEngine(root, {**RING_8_MIB, "guard": guard}) as engine:
+        await saved(engine, state)
+        into = {
+            "large": torch.zeros_like(state["large"]),
+            "small": [torch.zeros_like(t) for t in state["small"]],
+        }
+        with held(monkeypatch, local_write.LocalWriteFile, "_write") as gate:
+            await engine.create("two")
+            await engine.save(state, "model.pt")
+            await gate.reached()
+            while engine.ring_bytes[0] < engine.ring_bytes[1]:
+                await turns(1)
+            task = asyncio.create_task(engine.load("model.pt", tag="one", into=into))
+            await turns(20)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(asyncio.shield(task), LIMIT_S)
+        await engine.commit("two")
 
 
 async def test_any_iterable_names_keys(engine):
