@@ -75,8 +75,9 @@ def pickle_state(tree: object) -> Pickled:
     `tree` meanwhile.
 
     Raises:
-        InvalidArgumentError: A value cannot be pickled, or tensors of two dtypes view
-            the same data; the message names the key path.
+        InvalidArgumentError: A value cannot be pickled, a tensor reaches beyond its
+            storage, or tensors of two dtypes view the same data; the message names
+            the key path.
     """
     pickled, cuts = _pickle(tree, {})
     if cuts:

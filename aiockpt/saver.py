@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from aiockpt.checksums import AbandonedError, Checksums
-from aiockpt.errors import CheckpointError, TornSnapshotError
+from aiockpt.errors import CheckpointError, InvalidArgumentError, TornSnapshotError
 from aiockpt.events import Event, Planned, Staged, Written
 from aiockpt.file_save import FileSave
 from aiockpt.guard import StagingGate, check_at_rest
@@ -118,6 +118,7 @@ class Saver:
 
         Raises:
             InvalidArgumentError: The state cannot be saved as it is.
+            TornSnapshotError: Nor can it be any more: a tensor was changed too early.
             StagingError: A tensor is where nothing can be copied from.
 
         If cancelled: a plan in the making is waited for and dropped.
@@ -133,7 +134,14 @@ class Saver:
 
     def _make_plan(self, save: FileSave, chunk_bytes: int) -> FilePlan:
         assert save.capture is not None
-        plan = make_plan(save.capture, save.path, save.metadata, chunk_bytes)
+        try:
+            plan = make_plan(save.capture, save.path, save.metadata, chunk_bytes)
+        except InvalidArgumentError as refusal:
+            # What has been freed since `save` cannot be saved; but that is the fault.
+            save.note_changes()
+            if save.stepped_key is None:
+                raise
+            raise _torn(save, save.stepped_key) from refusal
         self.stager_of(save).check(plan.sources)
         return plan
 

@@ -127,6 +127,10 @@ class StorageLedger:
 
         Returns:
             The persistent id and the offset in the storage that it means.
+
+        Raises:
+            ValueError: The run reaches beyond the storage: no reader could make the
+                tensor again.
         """
         itemsize = element.itemsize
         start, stop = offset * itemsize, (offset + num_elements) * itemsize
@@ -138,6 +142,7 @@ class StorageLedger:
             offset = max(0, min(num_before, span.nbytes // itemsize))
         else:
             number = self._number_of(storage, address)
+        _check_within(self.spans[number], start, stop)
         persistent_id = self._persistent_id(number, element)
         if start == 0 and stop == self.spans[number].nbytes:
             self._whole.add(address)
@@ -162,8 +167,7 @@ class StorageLedger:
                 continue
             nbytes = self.spans[self._numbers[address]].nbytes
             merged = _merged(ranges)
-            # A tensor may span more than there is: torch lets a storage be shrunk.
-            if merged != [(0, nbytes)] and merged[-1][1] <= nbytes:
+            if merged != [(0, nbytes)]:
                 cuts[address] = merged
         return cuts
 
@@ -205,6 +209,17 @@ class StorageLedger:
         location = "cpu" if storage.device == _CPU else str(location_tag(storage))
         num_units = nbytes // unit_nbytes
         return "storage", storage_type, self._keys[number], location, num_units
+
+
+def _check_within(span: Span, start: int, stop: int) -> None:
+    """Refuses a tensor that has elements where its storage has no bytes left."""
+    if start != stop and stop > span.start + span.nbytes:
+        nbytes = span.storage.nbytes()
+        message = (
+            f"its elements end at byte {stop} of a storage of {nbytes} bytes, which "
+            "was shrunk or freed (as FSDP frees parameters that are not in use)"
+        )
+        raise ValueError(message)
 
 
 def _merged(ranges: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:

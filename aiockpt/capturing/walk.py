@@ -268,8 +268,6 @@ class Walk:
         )
         clone = _attempt(self.copy(make), *self._copy_arguments(make, args))
         self._copies[id(obj)] = clone
-        if state is not None:
-            _attempt(_set_state, clone, self._copy_state(state), self.copy(set_state))
         if items is not None:
             copies = list(items)
             self._temporaries.append(tuple(copies))
@@ -280,6 +278,10 @@ class Walk:
             self._temporaries.append(dict(copied))
             self._copy_pairs(copied, item_step)
             _attempt(_insert, clone, copied)
+        # Last, as pickle has it (`copy` does not): what a class notes while it takes
+        # items is replaced by what it had noted.
+        if state is not None:
+            _attempt(_set_state, clone, self._copy_state(state), self.copy(set_state))
         return clone
 
     def _copy_arguments(self, make: object, args: tuple[object, ...]) -> list[object]:

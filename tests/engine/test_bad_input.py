@@ -231,6 +231,23 @@ async def test_what_safetensors_cannot_hold_fails_the_tag_and_names_the_key(
                 await wait()
 
 
+@pytest.mark.parametrize("nbytes_left", [0, 2000])
+@pytest.mark.parametrize("path", ["model.pt", "model.safetensors"])
+async def test_a_tensor_whose_storage_was_freed_fails_the_tag_by_its_key(
+    path, nbytes_left, root
+):
+    state = {"fine": torch.ones(3), "layer.w": torch.ones(1000)}
+    async with engine_that_goes_on(root) as engine:
+        # What is freed between two saves is noticed, however alike they are.
+        await engine.save(state, path, tag="open")
+        await engine.staged()
+        state["layer.w"].untyped_storage().resize_(nbytes_left)
+        await engine.create("wrong")
+        await engine.save(state, path, tag="wrong")
+        with pytest.raises(InvalidArgumentError, match=r"layer\.w"):
+            await engine.commit("wrong")
+
+
 async def test_metadata_is_for_safetensors(root):
     async with engine_that_goes_on(root) as engine:
         await engine.create("wrong")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from aiockpt import CheckpointEngine, TornSnapshotError
+from aiockpt import CheckpointEngine, TornSnapshotError, saver
 from aiockpt.staging import host
 from aiockpt.storage.local_write import LocalWriteFile
 from equality import assert_same_state
@@ -105,6 +105,22 @@ async def test_a_change_half_way_through_a_large_tensor_fails_the_tag(
         with pytest.raises(TornSnapshotError, match=": w was changed"):
             await engine.commit("a")
         assert engine.ring_bytes[0] == 0
+
+
+@pytest.mark.parametrize("path", ["model.pt", "model.safetensors"])
+async def test_a_tensor_freed_before_it_was_planned_was_changed_too_early(
+    path, root, monkeypatch
+):
+    tensor = torch.ones(1000)
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
+        await engine.create("a")
+        with held(monkeypatch, saver, "make_plan") as gate:
+            await engine.save({"w": tensor}, path)
+            await gate.reached()
+            tensor.untyped_storage().resize_(0)
+        with pytest.raises(TornSnapshotError, match=": w was changed"):
+            await engine.commit("a")
+        assert await engine.latest() is None
 
 
 async def test_changes_after_staged_do_not_matter(root, monkeypatch):

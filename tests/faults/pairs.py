@@ -6,10 +6,11 @@ saves, so that the driver's checks of "save" are those of a pair.
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from unittest.mock import patch
 
 from typing_extensions import override
@@ -101,6 +102,21 @@ class Pair:
     def close(self) -> list[Outcome]:
         """Both leave."""
         return self.each(lambda engine, _: engine.close())
+
+
+@contextlib.contextmanager
+def told_files(rank: int) -> Iterator[threading.Event]:
+    """Set when the rank, all of its files durable, tells the hub of them."""
+    has_told = threading.Event()
+    consult = Member.consult
+
+    def noting(member: Member, topic: str, *args: Any, **kwargs: Any) -> Any:
+        if member.rank == rank and topic.startswith("commit "):
+            has_told.set()
+        return consult(member, topic, *args, **kwargs)
+
+    with patch.object(Member, "consult", noting):
+        yield has_told
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from aiockpt.storage.local import LocalStorage
 from aiockpt.testing.faults import Delay, Fail, Fault, Short, inject
 from aiockpt.testing.roots import assert_root_consistent
 from aiockpt.testing.storage_contract import StorageContract
+from aiockpt.testing.system_calls import Moment
 from aiockpt.threads import WorkerPool
 from catalogs import SOME, catalog_at, prepare
 from faults import mutants
@@ -24,7 +25,7 @@ from faults.damage import FILES, assert_detected, flipped, make_two_tags, replac
 from faults.driver import assert_survived, link_root, published_seeds, spoil
 from faults.matrix import Cases
 from faults.mutants import Mutant
-from faults.pairs import assert_both_tell, pair, save_together, spoil_pair
+from faults.pairs import assert_both_tell, pair, save_together, spoil_pair, told_files
 from faults.sweeps import Sweep
 from gates import LIMIT_S, in_thread
 from tracing import check_commit_order, tapped
@@ -147,10 +148,19 @@ def two_committers(template: Path) -> None:
 
 
 def failure_of_a_rank(template: Path) -> None:
-    """Both ranks tell at once what failed on one of them; nothing is to be seen."""
+    """Both ranks tell at once what failed on one of them; nothing is to be seen.
+
+    It fails once the other has told what it has. Failing earlier, it removes what the
+    other is writing: that one then has nothing to publish, be it right or wrong.
+    """
     root = link_root(template)
-    with pair(root, timeout_s=2.0) as ranks:
-        fault = Fault("pwrite", Fail(errno.EIO), path="sub/opt.pt")
+    with pair(root, timeout_s=5.0) as ranks, told_files(0) as has_told:
+
+        def fail_late(moment: Moment) -> object:
+            assert has_told.wait(LIMIT_S), "rank 0 has told nothing"
+            return Fail(errno.EIO)(moment)
+
+        fault = Fault("pwrite", fail_late, path="sub/opt.pt")
         outcome, _ = spoil_pair(ranks, save_together, fault)
         assert_both_tell(outcome.errors, "Input/output error")
         assert published_seeds(root) == START

@@ -5,12 +5,14 @@ import copy
 import copyreg
 import enum
 import functools
+import pickle
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -201,6 +203,94 @@ def test_what_reductions_make_on_the_way_is_not_mixed_up() -> None:
         assert clone.number == number
         assert clone.parts == [[number], [number + 1]]
         assert clone.items == [[number + 2]]
+
+
+class Noting:
+    """Notes whatever it takes."""
+
+    def note(self, taken: object) -> None:
+        vars(self).setdefault("notes", []).append(taken)
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self.note(key)
+        super().__setitem__(key, value)
+
+    def append(self, item: object) -> None:
+        self.note(item)
+        super().append(item)
+
+    def extend(self, items: Iterable[object]) -> None:
+        for item in items:
+            self.append(item)
+
+
+class NotingDict(Noting, dict):
+    pass
+
+
+class NotingOrderedDict(Noting, collections.OrderedDict):
+    pass
+
+
+class NotingDefaultDict(Noting, collections.defaultdict):
+    def __reduce__(self):
+        # Of its own accord it leaves attributes out.
+        make, args, _, items, pairs = super().__reduce__()
+        return make, args, vars(self), items, pairs
+
+
+class NotingCounter(Noting, collections.Counter):
+    pass
+
+
+class NotingList(Noting, list):
+    pass
+
+
+class NotingDeque(Noting, collections.deque):
+    pass
+
+
+class NotingSetter(Noting, list):
+    """Its state is set by a function."""
+
+    def __reduce__(self):
+        return NotingSetter, (), self.notes, iter(self), None, set_notes
+
+
+def set_notes(target: NotingSetter, notes: list[object]) -> None:
+    target.notes = [*notes, len(target)]
+
+
+def filled(noting: Any) -> Noting:
+    if isinstance(noting, dict):
+        noting.update({"first": 1})
+        noting["second"] = 2
+    else:
+        noting.extend(["first", "second"])
+    noting.note("last")
+    return noting
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        NotingDict,
+        NotingOrderedDict,
+        functools.partial(NotingDefaultDict, int),
+        NotingCounter,
+        NotingList,
+        NotingDeque,
+        NotingSetter,
+    ],
+)
+def test_an_object_takes_its_items_before_its_state_as_from_a_pickle(empty) -> None:
+    noting = filled(empty())
+    (clone,) = capture([noting]).tree
+    loaded = pickle.loads(pickle.dumps(noting, 2))
+    assert type(clone) is type(noting)
+    assert (clone, vars(clone)) == (loaded, vars(loaded))
+    assert list(clone) == list(noting)
 
 
 def test_a_reduction_registered_with_copyreg_is_used() -> None:

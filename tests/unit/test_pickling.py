@@ -248,13 +248,6 @@ def test_a_storage_behind_an_unknown_reduction_is_saved_whole() -> None:
     assert is_whole(span)
 
 
-def test_a_storage_smaller_than_its_tensor_is_saved_whole() -> None:
-    tensor = torch.arange(10.0)
-    tensor.untyped_storage().resize_(16)
-    (span,) = pickle_state({"a": tensor}).spans
-    assert span.nbytes == 16
-
-
 def test_elements_of_all_sizes_are_aligned_in_a_record_they_share() -> None:
     raw = torch.arange(64, dtype=torch.uint8)
     state = {"byte": raw[13:18], "long": raw.view(torch.uint64)[2:4]}
@@ -396,6 +389,52 @@ def test_a_lack_of_memory_is_not_taken_for_a_refusal() -> None:
 
     with pytest.raises(MemoryError):
         pickle_state([Greedy()])
+
+
+@pytest.mark.parametrize("nbytes_left", [0, 8, 19])
+@pytest.mark.parametrize(
+    "kind", [torch.Tensor, nn.Parameter, lambda tensor: tensor.as_subclass(states.Own)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint32])
+@pytest.mark.parametrize("is_part", [False, True], ids=["whole", "part"])
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused_by_its_key(
+    kind, dtype: torch.dtype, nbytes_left: int, *, is_part: bool
+) -> None:
+    buffer = states.data_of(dtype, 5).detach()
+    tensor = buffer[2:] if is_part else buffer
+    if kind is nn.Parameter:
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    elif kind is not torch.Tensor:
+        tensor = kind(tensor)
+    state = {"first": buffer[:2], "model": [torch.ones(1), tensor]}
+    pickle_state(state)
+    buffer.untyped_storage().resize_(nbytes_left)
+    if nbytes_left == 0:
+        state["first"] = buffer[:0]
+
+    with pytest.raises(InvalidArgumentError) as raised:
+        pickle_state(state)
+
+    assert str(raised.value).startswith(
+        'state["model"][1] cannot be saved: its elements end at byte 20 '
+        f"of a storage of {nbytes_left} bytes"
+    )
+
+
+def test_tensors_that_lie_within_what_is_left_of_a_storage_are_saved() -> None:
+    buffer = torch.arange(10.0)
+    state = [buffer[:2], buffer[3:4], buffer[8:8], buffer.view(2, 5)[:, 5:]]
+    buffer.untyped_storage().resize_(16)
+    assert [span.nbytes for span in pickle_state(state).spans] == [8, 4]
+    assert load(file_of(pickle_state(state)))[1].tolist() == [3]
+    buffer.untyped_storage().resize_(0)
+    assert load(file_of(pickle_state(state[2:])))[1].shape == (2, 0)
+
+
+def test_a_tensor_on_the_meta_device_needs_no_bytes() -> None:
+    buffer = torch.empty(3, device="meta")
+    buffer.untyped_storage().resize_(0)
+    assert load(file_of(pickle_state([buffer])))[0].shape == (3,)
 
 
 def test_a_storage_without_bytes_is_refused() -> None:

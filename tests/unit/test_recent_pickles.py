@@ -381,6 +381,22 @@ def test_what_is_refused_is_refused_after_one_like_it():
         pickle_like_before([torch._efficientzerotensor(3)])
 
 
+@pytest.mark.parametrize("nbytes_left", [0, 20])
+@pytest.mark.parametrize("key", ["frozen", "tied", "part"])
+def test_a_storage_that_was_freed_since_the_last_save_is_noticed(key, nbytes_left):
+    state = training()
+    pickle_like_before(state)
+    pickle_like_before(state)
+    tensor = state["model"][key]
+    storage = tensor.untyped_storage()
+    nbytes = storage.nbytes()
+    storage.resize_(min(nbytes_left, nbytes - 1))
+    with pytest.raises(InvalidArgumentError, match="was shrunk or freed"):
+        pickle_like_before(state)
+    storage.resize_(nbytes)
+    assert told(pickle_like_before(state)) == told(pickle_state(state))
+
+
 def test_a_tensor_of_a_transform_is_refused_by_name():
     def save(tensor: torch.Tensor) -> torch.Tensor:
         with pytest.raises(InvalidArgumentError, match=r"\[0\]"):
