@@ -435,6 +435,9 @@ async def test_a_load_that_waits_for_a_save_can_be_cancelled(guard, root, monkey
             while engine.ring_bytes[0] < engine.ring_bytes[1]:
                 await turns(1)
             task = asyncio.create_task(engine.load("model.pt", tag="one", into=into))
+            staging = engine._runtime._machinery.gate
+            while guard and not staging._changed._waiters:
+                await turns(1)
             await turns(20)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
