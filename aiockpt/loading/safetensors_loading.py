@@ -23,6 +23,7 @@ from aiockpt.loading.filling import (
     filling,
     is_image,
 )
+from aiockpt.loading.overlaps import Source
 from aiockpt.loading.placing import Placement
 from aiockpt.loading.reader import Landing, Reader
 from aiockpt.loading.reading import (
@@ -142,7 +143,8 @@ class SafetensorsLoading:
         described = {
             name: Described(entry.dtype, entry.shape) for name, entry in entries.items()
         }
-        check_targets(path, described, tensors)
+        # No two names have the same elements.
+        check_targets(path, described, tensors, Source)
         direct: dict[str, list[torch.Tensor]] = {}
         indirect: dict[str, Piece] = {}
         for name, entry in entries.items():

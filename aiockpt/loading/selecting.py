@@ -14,12 +14,13 @@ import difflib
 import fnmatch
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, Self, TypeGuard, TypeVar, cast
 
 import torch
 
 from aiockpt.errors import CheckpointNotFoundError, InvalidArgumentError
+from aiockpt.loading.overlaps import Overlap, Source, overlaps, shares_elements
 from aiockpt.outline import TensorOutline, is_tensor, leaves, segment
 from aiockpt.weights import memory_of
 
@@ -225,22 +226,39 @@ def _tensors(
 
 
 def check_targets(
-    path: str, file: Mapping[str, Described], targets: Mapping[str, torch.Tensor]
+    path: str,
+    file: Mapping[str, Described],
+    targets: Mapping[str, torch.Tensor],
+    source_of: Callable[[str], Source],
 ) -> None:
     """Makes sure that every tensor of the file has a target that it fits, and back.
 
+    Args:
+        path: The file, for the message.
+        file: What the file says of each tensor.
+        targets: What is to be filled.
+        source_of: Where in the file a tensor's elements are; asked of targets that
+            share memory, which is fine where they are to receive the same.
+
     Raises:
-        InvalidArgumentError: One has not; the message lists all.
+        InvalidArgumentError: One has not, or two would be given different values in
+            the same memory; the message lists all.
     """
     faults = [
         *(f"{key}: only in the file" for key in file if key not in targets),
         *(f"{key}: not in the file" for key in targets if key not in file),
     ]
+    sound: dict[str, torch.Tensor] = {}
     for key, described in file.items():
         target = targets.get(key)
-        fault = None if target is None else _fault(described, target)
-        if fault is not None:
+        if target is None:
+            continue
+        fault = _fault(described, target)
+        if fault is None:
+            sound[key] = target
+        else:
             faults.append(f"{key}: {fault}")
+    faults += map(_overlap_fault, overlaps(sound, source_of))
     if faults:
         more = len(faults) - _MAX_SHOWN
         shown = faults[:_MAX_SHOWN] + ([f"and {more} more"] if more > 0 else [])
@@ -257,11 +275,21 @@ def _fault(described: Described, target: torch.Tensor) -> str | None:
     if target.is_meta:
         return "the target is on the meta device, where there is no memory"
     if target.layout == torch.strided and not wanted.wrapper:
-        if _shares_elements(target):
+        if shares_elements(target):
             return "elements of the target share memory"
         if not _has_memory(target):
             return "the target's storage is smaller than the target"
     return None
+
+
+def _overlap_fault(overlap: Overlap) -> str:
+    if overlap.is_certain:
+        shares = f"shares memory with the target of {overlap.other!r}"
+        return f"{overlap.key}: {shares}, which is to hold something else"
+    return (
+        f"{overlap.key}: this target and that of {overlap.other!r} may share memory: "
+        "they lie in between each other in too many pieces to tell"
+    )
 
 
 def _has_memory(target: torch.Tensor) -> bool:
@@ -272,11 +300,6 @@ def _has_memory(target: torch.Tensor) -> bool:
     last = target.storage_offset() + sum((size - 1) * step for size, step in pairs)
     nbytes = int(last + 1) * target.itemsize
     return nbytes <= target.untyped_storage().nbytes() and target.data_ptr() != 0
-
-
-def _shares_elements(target: torch.Tensor) -> bool:
-    pairs = zip(target.shape, target.stride(), strict=True)
-    return any(size > 1 and stride == 0 for size, stride in pairs)
 
 
 def _text(tensor: Described) -> str:
