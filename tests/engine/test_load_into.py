@@ -1,8 +1,14 @@
 """Loading into targets that share memory, or that nobody would find again."""
 
+import collections
+import dataclasses
+import logging
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import aiockpt
 from aiockpt import InvalidArgumentError
@@ -127,3 +133,160 @@ async def test_tied_tensors_of_other_kinds_are_filled_with_tied_ones(engine):
     assert torch.equal(other, one.conj())
     with pytest.raises(InvalidArgumentError, match=r"c: .*'a'"):
         await engine.load("model.pt", into={"a": target, "b": other, "c": target})
+
+
+# --- targets that nobody would find again ------------------------------------------
+
+
+class Odd(nn.Module):
+    """A module whose state dict has more than parameters and buffers."""
+
+    def __init__(self, extra):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra()
+
+    def set_extra_state(self, state):
+        raise AssertionError
+
+
+def made_for_the_state_dict():
+    return Odd(lambda: torch.zeros(1))
+
+
+def in_a_dict_made_for_the_state_dict():
+    return Odd(lambda: {"scale": torch.zeros(1)})
+
+
+def cloned_by_a_hook():
+    def clone(_, state, prefix, __):
+        for key in list(state):
+            state[key] = state[key].clone()
+
+    module = nn.Sequential(nn.Linear(2, 2))
+    module[0].register_state_dict_post_hook(clone)
+    return module
+
+
+def sparse():
+    # What a state dict has is detached, and is filled by giving it other parts.
+    module = nn.Module()
+    module.w = nn.Parameter(torch.eye(2).to_sparse())
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (made_for_the_state_dict, "_extra_state"),
+        (in_a_dict_made_for_the_state_dict, r"_extra_state\.scale"),
+        (cloned_by_a_hook, r"0\.bias', 'model\.0\.weight"),
+        (sparse, "w"),
+    ],
+)
+async def test_a_module_that_hands_out_copies_is_refused(engine, make, key):
+    await saved(engine, {"model": make().state_dict()})
+    module = make()
+    before = [parameter.to_dense().clone() for parameter in module.parameters()]
+    with pytest.raises(InvalidArgumentError, match=rf"copies.*: 'model\.{key}'$"):
+        await engine.load("model.pt", into={"model": module})
+    after = [parameter.to_dense() for parameter in module.parameters()]
+    assert all(map(torch.equal, before, after))
+
+
+async def test_what_is_not_a_copy_can_be_chosen(engine):
+    source, module = made_for_the_state_dict(), made_for_the_state_dict()
+    nn.init.ones_(source.w)
+    await saved(engine, source.state_dict())
+    await engine.load("model.pt", into=module, keys=["w"])
+    assert module.w.eq(1).all()
+    with pytest.raises(InvalidArgumentError, match="_extra_state"):
+        await engine.load("model.pt", into=module, strict=False)
+
+
+async def test_a_module_may_hand_out_what_it_keeps_elsewhere(engine):
+    def make(value):
+        kept = torch.full((2,), value)
+        hidden = nn.Linear(2, 2)
+        nn.init.constant_(hidden.weight, value)
+        module = Odd(lambda: {"kept": kept, "part": hidden.weight[1:].detach()})
+        module.keeps = {"kept": kept, "hidden": [hidden]}
+        return module
+
+    await saved(engine, make(1.0).state_dict())
+    module = make(0.0)
+    await engine.load("model.pt", into=module)
+    assert module.keeps["kept"].eq(1).all()
+    assert module.keeps["hidden"][0].weight[1].eq(1).all()
+
+
+async def test_wrappers_and_what_has_no_memory_yet_are_no_copies(engine):
+    def make(value):
+        module = nn.Module()
+        parts = torch.full((2,), value), torch.full((2,), value)
+        module.wrapper = nn.Parameter(TwoTensor(*parts))
+        module.empty = nn.Parameter(torch.zeros(0))
+        return module
+
+    source, module = make(1.0), make(0.0)
+    await saved(engine, source.state_dict())
+    await engine.load("model.pt", into=module, weights_only=False)
+    assert module.wrapper.a.eq(1).all()
+    assert module.wrapper.b.eq(1).all()
+
+
+class Point(NamedTuple):
+    x: object
+    y: object
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    inner: object
+
+
+@pytest.mark.parametrize(
+    "close",
+    [
+        lambda item: Point(0, item),
+        lambda item: collections.deque([{"x": item}]),
+        lambda item: Parts([item]),
+        lambda item: {Parts((item,))},
+    ],
+)
+@pytest.mark.parametrize("make", [lambda: torch.zeros(2), lambda: nn.Linear(2, 2)])
+async def test_tensors_in_containers_that_have_no_keys_are_refused(
+    engine, caplog, close, make
+):
+    await saved(engine, {"k": torch.ones(2)})
+    into = {"k": torch.zeros(2), "odd": [close(make())]}
+    with pytest.raises(InvalidArgumentError, match=r"'odd\.0' \("):
+        await engine.load("model.pt", into=into)
+    assert not into["k"].any()
+    caplog.set_level(logging.WARNING)
+    await engine.load("model.pt", into=into, strict=False)
+    assert "'odd.0' (" in caplog.text
+    caplog.clear()
+    await engine.load("model.pt", into=into, keys=["k"])
+    assert not caplog.text
+    assert into["k"].eq(1).all()
+
+
+async def test_containers_and_objects_that_are_nobodys_target_may_be_there(engine):
+    await saved(engine, {"k": torch.ones(2)})
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    loop = collections.deque([1])
+    loop.append(loop)
+    into = {
+        "k": torch.zeros(2),
+        "shape": torch.Size([2]),
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3),
+        "point": Point(1, {"two": 2}),
+        "class": Parts,
+        "loop": loop,
+    }
+    await engine.load("model.pt", into=into)
+    assert into["k"].eq(1).all()
