@@ -440,7 +440,9 @@ class CheckpointEngine:
                 optimizers (which stand for their state dicts), filled in place. Each
                 tensor of the file must have one of the same key path, dtype and
                 shape, and back; else nothing is changed, and the error lists all
-                misfits. Contiguous host memory is filled by way of the ring; a target
+                misfits. So it is where two share memory and would not be given the
+                same, where a module's state dict has a copy of what the module keeps,
+                and where named tuples or other containers hold tensors. Contiguous host memory is filled by way of the ring; a target
                 of another kind costs its size in memory for a moment. Where the file
                 turns out to be corrupt, the targets' content is undefined. The result
                 is what was saved, with the targets in it: an optimizer's numbers (its

@@ -54,6 +54,7 @@ class Reads(NamedTuple):
         fills: Memory that the bytes of a region are copied to, by the region's name.
             It must outlive the read.
         is_whole: Whether every byte of the file is read, for its checksum.
+        noted: Names of regions whose CRC-32 is wanted; for a read of the whole file.
         progress: Told by the workers the number of further bytes that were read.
     """
 
@@ -62,6 +63,7 @@ class Reads(NamedTuple):
     kept: Collection[str] = ()
     fills: Mapping[str, Sequence[Target]] = MappingProxyType({})
     is_whole: bool = False
+    noted: Collection[str] = ()
     progress: Callable[[int], None] | None = None
 
 
@@ -73,6 +75,7 @@ class BulkRead:
 
     Attributes:
         devices: Those, other than the host, whose memory is filled.
+        crc32s: Behind `wait`, of the regions that are noted and not empty, by name.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class BulkRead:
             for target in group
             if target.device is not None
         }
+        self.crc32s: dict[str, int] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         nbytes = file.nbytes if reads.is_whole else None
@@ -390,6 +394,8 @@ class BulkRead:
                     sums[index] = crc32(header)
             elif region is not None and region.crc32 not in (None, sums[index]):
                 raise self._reads.mismatch(region)
+            elif region is not None and region.name in self._reads.noted:
+                self.crc32s[region.name] = sums[index]
             if self._reads.is_whole:
                 total = crc32_combine(total, sums[index], tile.stop - tile.start)
         run.crc32 = total

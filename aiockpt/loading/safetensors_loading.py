@@ -2,7 +2,7 @@
 
 __all__ = ["SafetensorsLoading", "read_header", "tensor_region"]
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from aiockpt.loading.filling import (
     filling,
     is_image,
 )
+from aiockpt.loading.overlaps import Source
 from aiockpt.loading.placing import Placement
 from aiockpt.loading.reader import Landing, Reader
 from aiockpt.loading.reading import (
@@ -92,7 +93,8 @@ class SafetensorsLoading:
         with self._landing(entries) as landings:
             fills = {name: [landing.target] for name, landing in landings.items()}
             kept = entries.keys() - landings.keys()
-            reads = self._reads(entries, kept=kept, fills=fills, is_whole=is_whole)
+            regions = map(tensor_region, entries.values())
+            reads = self._reads(regions, kept=kept, fills=fills, is_whole=is_whole)
             with self.reader.reading(self.file, reads) as bulk:
                 tensors = {
                     name: self._landed(entry, landings[name], bulk)
@@ -143,7 +145,8 @@ class SafetensorsLoading:
         described = {
             name: Described(entry.dtype, entry.shape) for name, entry in entries.items()
         }
-        check_targets(path, described, tensors)
+        # No two names have the same elements.
+        check_targets(path, described, tensors, Source)
         direct: dict[str, list[torch.Tensor]] = {}
         indirect: dict[str, Piece] = {}
         for name, entry in entries.items():
@@ -154,38 +157,46 @@ class SafetensorsLoading:
             else:
                 indirect[name] = piece
         is_whole = self.is_whole and targets.is_strict and not is_chosen
-        read = entries if is_whole else {name: entries[name] for name in direct}
+        read = entries if is_whole else direct
+        regions = [tensor_region(entries[name]) for name in read]
+        noted = indirect if is_whole else ()
         targeted = [tensors[name] for name in entries]
         with changing(targeted, self.reader.check):
-            with filling(direct, self.reader.device_of) as filled:
-                reads = self._reads(read, fills=filled, is_whole=is_whole)
+            with filling(direct, self.reader.device_of) as fills:
+                reads = self._reads(
+                    regions, fills=fills, noted=noted, is_whole=is_whole
+                )
                 with self.reader.reading(self.file, reads) as bulk:
-                    total = bulk.wait()
+                    total, crc32s = bulk.wait(), bulk.crc32s
             for name, piece in indirect.items():
-                self._fill_by_copy(entries[name], piece)
+                # Read again where the file's checksum was made of all that is in it.
+                region = tensor_region(entries[name])._replace(crc32=crc32s.get(name))
+                self._fill_by_copy(region, piece)
         return {name: tensors[name] for name in entries}, total if is_whole else None
 
-    def _fill_by_copy(self, entry: TensorEntry, piece: Piece) -> None:
+    def _fill_by_copy(self, region: Region, piece: Piece) -> None:
         # One after the other, so that only one is in memory twice.
-        reads = self._reads({entry.name: entry}, kept=(entry.name,), is_whole=False)
+        reads = self._reads([region], kept=(region.name,), is_whole=False)
         with self.reader.reading(self.file, reads) as bulk:
-            storage = bulk.storage(tensor_region(entry))
+            storage = bulk.storage(region)
             with self.reader.settling([piece.target]):
                 fill(piece, storage, self.reader.device_of(piece.target))
 
     def _reads(
         self,
-        entries: Mapping[str, TensorEntry],
+        regions: Iterable[Region],
         *,
         kept: Collection[str] = (),
         fills: Mapping[str, Sequence[Target]] | None = None,
+        noted: Collection[str] = (),
         is_whole: bool,
     ) -> Reads:
         return Reads(
-            regions=[tensor_region(entry) for entry in entries.values()],
+            regions=list(regions),
             kept=kept,
             fills=fills or {},
             is_whole=is_whole,
+            noted=noted,
             mismatch=partial(checksum_mismatch, self.file),
         )
 

@@ -14,16 +14,17 @@ import difflib
 import fnmatch
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, NamedTuple, Self, TypeGuard, TypeVar, cast
 
 import torch
 
 from aiockpt.errors import CheckpointNotFoundError, InvalidArgumentError
-from aiockpt.outline import TensorOutline, is_tensor, leaves, segment
+from aiockpt.loading.overlaps import Overlap, Source, overlaps, shares_elements
+from aiockpt.loading.targets import find_targets
+from aiockpt.outline import TensorOutline, is_tensor, leaves
 from aiockpt.weights import memory_of
 
-_MAX_DEPTH: Final = 200
 _MAX_COMPARED: Final = 5000
 _MAX_SHOWN: Final = 50
 
@@ -141,9 +142,9 @@ class Targets:
     """
 
     def __init__(self, into: object, *, is_strict: bool) -> None:
-        """Finds the tensors; errors as those of `_targets_by_key`."""
+        """Finds the tensors; errors as those of `find_targets`."""
         self.is_strict = is_strict
-        self._tensors = _targets_by_key(into)
+        self._found = find_targets(into)
 
     def matched(
         self, path: str, tensors: Mapping[str, T], *, is_chosen: bool
@@ -154,10 +155,17 @@ class Targets:
             path: The file, for the log.
             tensors: Tensors of the file, by key path.
             is_chosen: Whether they were chosen by name: other targets are not meant.
+
+        Raises:
+            InvalidArgumentError: Something is meant that cannot be filled, or would be
+                filled in vain.
         """
-        targets = _without_tied(self._tensors, tensors)
+        targets = _without_tied(self._found.tensors, tensors)
         if is_chosen:
             targets = {key: targets[key] for key in tensors if key in targets}
+        self._check_copies(path, targets.keys() & tensors.keys())
+        if not is_chosen:
+            self._check_closed(path)
         if self.is_strict:
             return dict(tensors), targets
         _log_left_out(path, "have no target", tensors.keys() - targets.keys())
@@ -166,6 +174,32 @@ class Targets:
         return {key: tensors[key] for key in common}, {
             key: targets[key] for key in common
         }
+
+    def _check_copies(self, path: str, filled: Collection[str]) -> None:
+        copies = sorted(self._found.copies & set(filled))
+        if copies:
+            shown = ", ".join(map(repr, copies[:_MAX_SHOWN]))
+            text = (
+                f"{path}: the state dict of the module has copies, not the module's own "
+                f"tensors, and filling them would change nothing: {shown}"
+            )
+            raise InvalidArgumentError(text)
+
+    def _check_closed(self, path: str) -> None:
+        closed = [
+            f"{key!r} ({name})" if key else name
+            for key, name in self._found.closed.items()
+        ]
+        if not closed:
+            return
+        shown = ", ".join(closed[:_MAX_SHOWN])
+        text = (
+            "tensors in other containers than mappings, lists and tuples cannot be "
+            f"filled: {shown}"
+        )
+        if self.is_strict:
+            raise InvalidArgumentError(f"{path}: {text}")
+        _logger.warning("%s: %s", path, text)
 
 
 def _without_tied(
@@ -186,61 +220,40 @@ def _log_left_out(path: str, what: str, keys: Collection[str]) -> None:
         _logger.warning("%s: %d tensors %s: %s", path, len(keys), what, shown)
 
 
-def _targets_by_key(into: object) -> dict[str, torch.Tensor]:
-    """Returns the tensors in nested mappings, lists and tuples, by key path.
-
-    A module or an optimizer stands for its state dict. Where a container leads back
-    to itself, that way is not followed.
-
-    Raises:
-        InvalidArgumentError: Two tensors have the same key path, or the structure
-            nests more than 200 levels.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for key, tensor in _tensors("", into, ()):
-        if found.setdefault(key, tensor) is not tensor:
-            raise InvalidArgumentError(f"into has two tensors with the key {key!r}")
-    return found
-
-
-def _tensors(
-    key: str, node: object, parents: tuple[int, ...]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    if len(parents) > _MAX_DEPTH:
-        raise InvalidArgumentError(f"into nests deeper than {_MAX_DEPTH} levels")
-    prefix = f"{key}." if key else ""
-    below = (*parents, id(node))
-    if isinstance(node, torch.nn.Module | torch.optim.Optimizer):
-        node = node.state_dict()
-    if isinstance(node, torch.Tensor):
-        yield key, node
-    elif id(node) in parents:
-        return
-    elif isinstance(node, Mapping):
-        for name, child in cast("Mapping[object, object]", node).items():
-            yield from _tensors(f"{prefix}{segment(name)}", child, below)
-    elif type(node) in (list, tuple):
-        for index, child in enumerate(cast("Sequence[object]", node)):
-            yield from _tensors(f"{prefix}{index}", child, below)
-
-
 def check_targets(
-    path: str, file: Mapping[str, Described], targets: Mapping[str, torch.Tensor]
+    path: str,
+    file: Mapping[str, Described],
+    targets: Mapping[str, torch.Tensor],
+    source_of: Callable[[str], Source],
 ) -> None:
     """Makes sure that every tensor of the file has a target that it fits, and back.
 
+    Args:
+        path: The file, for the message.
+        file: What the file says of each tensor.
+        targets: What is to be filled.
+        source_of: Where in the file a tensor's elements are; asked of targets that
+            share memory, which is fine where they are to receive the same.
+
     Raises:
-        InvalidArgumentError: One has not; the message lists all.
+        InvalidArgumentError: One has not, or two would be given different values in
+            the same memory; the message lists all.
     """
     faults = [
         *(f"{key}: only in the file" for key in file if key not in targets),
         *(f"{key}: not in the file" for key in targets if key not in file),
     ]
+    sound: dict[str, torch.Tensor] = {}
     for key, described in file.items():
         target = targets.get(key)
-        fault = None if target is None else _fault(described, target)
-        if fault is not None:
+        if target is None:
+            continue
+        fault = _fault(described, target)
+        if fault is None:
+            sound[key] = target
+        else:
             faults.append(f"{key}: {fault}")
+    faults += map(_overlap_fault, overlaps(sound, source_of))
     if faults:
         more = len(faults) - _MAX_SHOWN
         shown = faults[:_MAX_SHOWN] + ([f"and {more} more"] if more > 0 else [])
@@ -257,11 +270,21 @@ def _fault(described: Described, target: torch.Tensor) -> str | None:
     if target.is_meta:
         return "the target is on the meta device, where there is no memory"
     if target.layout == torch.strided and not wanted.wrapper:
-        if _shares_elements(target):
+        if shares_elements(target):
             return "elements of the target share memory"
         if not _has_memory(target):
             return "the target's storage is smaller than the target"
     return None
+
+
+def _overlap_fault(overlap: Overlap) -> str:
+    if overlap.is_certain:
+        shares = f"shares memory with the target of {overlap.other!r}"
+        return f"{overlap.key}: {shares}, which is to hold something else"
+    return (
+        f"{overlap.key}: this target and that of {overlap.other!r} may share memory: "
+        "they lie in between each other in too many pieces to tell"
+    )
 
 
 def _has_memory(target: torch.Tensor) -> bool:
@@ -272,11 +295,6 @@ def _has_memory(target: torch.Tensor) -> bool:
     last = target.storage_offset() + sum((size - 1) * step for size, step in pairs)
     nbytes = int(last + 1) * target.itemsize
     return nbytes <= target.untyped_storage().nbytes() and target.data_ptr() != 0
-
-
-def _shares_elements(target: torch.Tensor) -> bool:
-    pairs = zip(target.shape, target.stride(), strict=True)
-    return any(size > 1 and stride == 0 for size, stride in pairs)
 
 
 def _text(tensor: Described) -> str:

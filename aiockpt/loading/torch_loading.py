@@ -22,6 +22,7 @@ from aiockpt.loading.filling import (
     filling,
     is_image,
 )
+from aiockpt.loading.overlaps import Source
 from aiockpt.loading.placing import Placement
 from aiockpt.loading.reader import Landing, Reader
 from aiockpt.loading.reading import (
@@ -117,7 +118,7 @@ class TorchLoading:
         described = {
             key: _described(sources.get(key, node)) for key, node in nodes.items()
         }
-        check_targets(path, described, tensors)
+        check_targets(path, described, tensors, lambda key: self._source(nodes[key]))
         fills = self._fills(nodes, tensors)
         is_all = keys is None and targets.is_strict
         numbers: dict[int, int] = {}
@@ -254,6 +255,13 @@ class TorchLoading:
             text = f"{path}: two tensors have the key path {key!r}"
             raise InvalidArgumentError(text)
         return chosen
+
+    def _source(self, node: object) -> Source:
+        """Where the elements of a tensor are; equal for the same ones."""
+        if is_plain(node) and node.storage_key is not None:
+            return Source(node.storage_key, node.offset, node.stride)
+        # Whatever it is made of and how: what makes the same says the same.
+        return Source(emit(node, like=self.records.pickle))
 
     def _fills(
         self, nodes: Mapping[str, object], targets: Mapping[str, torch.Tensor]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import aiockpt
+from aiockpt.storage.local_read import LocalReadFile
 
 
 @pytest.fixture
@@ -62,3 +63,45 @@ async def test_what_is_not_verified_is_returned_as_it_is(engine, root):
 
     state = await engine.load("model.safetensors", verify=False)
     assert not torch.equal(state["w"], torch.full((5000,), 2.0))
+
+
+class Flips:
+    """Flips a bit of what is read of the `w`s, the `nth` time that it is read."""
+
+    def __init__(self, monkeypatch, nth):
+        self.num_reads = 0
+        read_block = LocalReadFile.read_block
+
+        def flipped(file, offset, view):
+            read_block(file, offset, view)
+            nbytes = max(min(len(view), file.nbytes - offset), 0)
+            at = bytes(view[:nbytes]).find(torch.full((5,), 2.0).numpy().tobytes())
+            if at >= 0:
+                self.num_reads += 1
+                if self.num_reads == nth:
+                    view[at + 9] ^= 1
+
+        monkeypatch.setattr(LocalReadFile, "read_block", flipped)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+@pytest.mark.parametrize("nth", [1, 2])
+async def test_what_is_read_again_for_a_strided_target_is_checked_again(
+    engine, name, nth, monkeypatch
+):
+    target = torch.zeros(5000, 2)[:, 0]
+    flips = Flips(monkeypatch, nth)
+    with pytest.raises(aiockpt.CorruptCheckpointError, match=name):
+        await engine.load(name, into={"w": target})
+    assert flips.num_reads >= nth
+    assert not target.any()
+    await engine.load(name, into={"w": target})
+    assert target.eq(2).all()
+
+
+async def test_what_is_read_again_is_not_checked_where_nothing_is(engine, monkeypatch):
+    target = torch.zeros(5000, 2)[:, 0]
+    flips = Flips(monkeypatch, 1)
+    await engine.load("model.safetensors", into={"w": target}, verify=False)
+    assert flips.num_reads == 1
+    assert (target != 2).sum() == 1
