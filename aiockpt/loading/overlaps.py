@@ -225,7 +225,7 @@ def _view(found: _Range, base: int) -> _View:
     pairs = zip(found.tensor.stride(), found.tensor.shape, strict=True)
     run, dims = itemsize, list[tuple[int, int]]()
     for step, size in sorted((step * itemsize, size) for step, size in pairs):
-        if size > 1 and step == run and not dims:
+        if size > 1 and step == run:
             run *= size
         elif size > 1:
             dims.append((size, step))

@@ -117,8 +117,16 @@ def test_what_takes_too_many_marks_is_compared_within_one_step(monkeypatch):
     # These share nothing: the first ends before the second begins.
     halves = [matrix[:250, :512], matrix[250:, :512], matrix[100:400, 512:]]
     assert pairs(halves) == [("b", "a", False)]
+    # Each row of the second goes on in the next row of the first.
+    across = matrix.as_strided((499, 200), (513, 1), 400)
+    assert pairs([matrix[:, :1], across]) == [("b", "a", False)]
     # No step in common.
     assert pairs([matrix[0, ::2], matrix[:, 1]]) == [("b", "a", False)]
+
+
+def test_what_only_follows_each_other_takes_no_marks(monkeypatch):
+    monkeypatch.setattr(overlaps_module, "_MAX_MARKS", 0)
+    assert pairs(list(torch.zeros(99).split([40, 0, 33, 26]))) == []
 
 
 def test_one_that_takes_too_many_marks_counts_as_sharing(monkeypatch):
