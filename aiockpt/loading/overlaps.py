@@ -41,7 +41,8 @@ class Source(NamedTuple):
     """What a target is filled with: equal ones are the same elements.
 
     Attributes:
-        origin: The record that has the elements, or what else tells them apart.
+        origin: The record that has the elements, or its content, or what else tells
+            them apart.
         offset: First element, from the record's start in elements.
         stride: As in the record, in elements `(ndim,)`; None where the origin is no
             record.

@@ -259,7 +259,10 @@ class TorchLoading:
     def _source(self, node: object) -> Source:
         """Where the elements of a tensor are; equal for the same ones."""
         if is_plain(node) and node.storage_key is not None:
-            return Source(node.storage_key, node.offset, node.stride)
+            region = self.records.region(storage_record(node.storage_key))
+            # Tied weights that were copied on their way to the file are two records.
+            content = region.crc32 and (region.nbytes, region.crc32)
+            return Source(content or region.name, node.offset, node.stride)
         # Whatever it is made of and how: what makes the same says the same.
         return Source(emit(node, like=self.records.pickle))
 

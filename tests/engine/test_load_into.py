@@ -112,6 +112,15 @@ async def test_a_module_with_tied_weights_is_filled_with_tied_ones(
     assert module.a.weight is module.b.weight
 
 
+async def test_a_module_with_tied_weights_is_filled_with_equal_copies(engine):
+    state = Pair(is_tied=True).state_dict()
+    await saved(engine, {key: each.clone() for key, each in state.items()}, "model.pt")
+    module = Pair(is_tied=True)
+    await engine.load("model.pt", into=module)
+    for key, tensor in module.state_dict().items():
+        assert torch.equal(tensor, state[key])
+
+
 async def test_views_of_one_buffer_are_filled_from_views_of_one_buffer(engine):
     flat = torch.arange(20.0)
     state = {"flat": flat, "a": flat[:8].view(2, 4), "b": flat[4:12]}
