@@ -84,6 +84,8 @@ class StagingGate:
 
     def look_again(self) -> None:
         """A save has set `is_begun`, or somebody was stopped: who waits for it goes on."""
+        if self._is_forked:
+            return  # Whoever waited, waits in the parent; so may the lock.
         with self._changed:
             self._changed.notify_all()
 
@@ -98,7 +100,13 @@ class StagingGate:
         """Whether anything is being staged, by this process."""
         return bool(self._staging) and not self._is_forked
 
-    def wait(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+    def wait(
+        self,
+        is_stopped: Callable[[], bool] = lambda: False,
+        followed: dict[int, Staging] | None = None,
+        *,
+        may_follow: bool = True,
+    ) -> bool:
         """Blocks the thread until everything that is being staged now has been.
 
         What it enqueues on its current streams afterwards is made to wait, where
@@ -106,22 +114,32 @@ class StagingGate:
 
         Args:
             is_stopped: Asked after each `look_again`; it then waits no longer.
+            followed: By their `id`, saves that the thread's streams wait for already;
+                those of this call are added.
+            may_follow: Whether the thread's streams are what changes tensors; else it
+                waits for devices itself.
+
+        Returns:
+            Whether anything was being staged, beside `followed`.
         """
         if not self._staging or self._is_forked:
-            return
+            return False
         start = perf_counter()
+        known = {} if followed is None else followed
         with self._changed:
-            waited = list(self._staging.values())
+            waited = [s for s in self._staging.values() if id(s) not in known]
         for save in waited:
             save.hurry()
-        self._wait_for(waited, is_stopped, or_begun=True)
-        if is_stopped():
-            return
-        held = [save for save in waited if not save.follow()]
+        self._wait_for(waited, is_stopped, or_begun=may_follow)
+        if may_follow and not is_stopped():
+            for save in [each for each in waited if each.follow()]:
+                known[id(save)] = save
+        held = [save for save in waited if id(save) not in known]
         self._wait_for(held, is_stopped, or_begun=False)
         for save in waited:
             # Shared among the saves, so that the tag's sum is the time once.
             save.stall_s += (perf_counter() - start) / len(waited)
+        return bool(waited)
 
     def _wait_for(
         self,
@@ -144,17 +162,14 @@ class StagingGate:
             self._staging.clear()
             self._changed.notify_all()
 
-    def before_change(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
-        """Something else is about to change tensors: it waits, where steps do."""
-        if self._is_holding:
-            self.wait(is_stopped)
+    @property
+    def is_holding(self) -> bool:
+        """Whether optimizers wait here; else their steps are noted."""
+        return self._is_holding
 
-    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer is about to change its tensors: it waits, or it is noted."""
+    def note_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer is about to change its tensors, and nobody holds it."""
         if not self._staging or self._is_forked:
-            return
-        if self._is_holding:
-            self.wait()
             return
         touched = storage_ptrs(_tensors(optimizer))
         with self._changed:
@@ -191,21 +206,34 @@ class _Hook:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object
     ) -> None:
+        before_change()
         for gate in self.gates:
-            gate.before_step(optimizer)
+            if not gate.is_holding:
+                gate.note_step(optimizer)
 
 
 _hook = _Hook()
 
 
-def before_change(is_stopped: Callable[[], bool] = lambda: False) -> None:
-    """Holds back a change of tensors that is no optimizer's step, as that would be.
+def before_change(
+    is_stopped: Callable[[], bool] = lambda: False, *, may_follow: bool = True
+) -> None:
+    """Holds back a change of tensors: a step of an optimizer, or whatever else.
 
-    Blocks the thread until what any engine of the process is staging has been staged;
-    or until it is stopped, and `look_again` was called.
+    Blocks the thread until no engine of the process is staging anything, but for those
+    whose guard is off; or until it is stopped, and `look_again` was called. Arguments
+    are those of `StagingGate.wait`.
     """
-    for gate in _hook.gates:
-        gate.before_change(is_stopped)
+    followed: dict[int, Staging] = {}
+    has_waited = True
+    # Once more, if any of them had to be waited for: another save may have begun.
+    while has_waited and not is_stopped():
+        has_waited = False
+        for gate in _hook.gates:
+            if gate.is_holding and gate.wait(
+                is_stopped, followed, may_follow=may_follow
+            ):
+                has_waited = True
 
 
 def look_again() -> None:
@@ -217,6 +245,16 @@ def look_again() -> None:
 # How many loads are filling the storages at these data pointers.
 _filled: collections.Counter[int] = collections.Counter()
 _filling = threading.Lock()
+
+
+def _forget_filled() -> None:
+    """In a forked child nothing is being filled, and nobody holds the lock."""
+    global _filling  # noqa: PLW0603 - the lock may be held for ever
+    _filled.clear()
+    _filling = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_filled)
 
 
 @contextmanager
@@ -245,7 +283,8 @@ def changing(
     with _filling:
         _filled.update(pointers)
     try:
-        before_change(is_stopped)
+        # It fills them on streams of its own.
+        before_change(is_stopped, may_follow=False)
         check()
         for tensor in tensors:
             if not tensor.is_inference():

@@ -224,10 +224,10 @@ def noted_waits(patch: pytest.MonkeyPatch) -> "Future[None]":
     waits: Future[None] = Future()
     original = StagingGate.wait
 
-    def wait(gate: StagingGate, *args: Any) -> None:
+    def wait(gate: StagingGate, *args: Any, **kwargs: Any) -> bool:
         if not waits.done():
             waits.set_result(None)
-        original(gate, *args)
+        return original(gate, *args, **kwargs)
 
     patch.setattr(StagingGate, "wait", wait)
     return waits
