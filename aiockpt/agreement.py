@@ -86,6 +86,7 @@ class Agreement:
         self._objecting = asyncio.Lock()
         self._shares: list[Share] = []
         self._start_s = 0.0
+        self._number = 0
 
     @property
     def meetings(self) -> str:
@@ -137,8 +138,12 @@ class Agreement:
                 )
             return self._told
 
-    async def publish(self, share: Share) -> CommitReport | None:
+    async def publish(self, share: Share, number: int = 0) -> CommitReport | None:
         """Publishes the files of all ranks, once every rank has called this.
+
+        Args:
+            share: What this rank brings.
+            number: See `Catalog.publish`.
 
         Returns:
             What was published, the same on every rank; None if no rank has a file.
@@ -155,6 +160,7 @@ class Agreement:
             # That was this rank's word: a second one would never be answered.
             raise self._refusal
         self._has_spoken = self._is_publishing = True
+        self._number = number
         try:
             return await self._publish(share)
         finally:
@@ -289,6 +295,7 @@ class Agreement:
             is_overwrite=self._options.is_overwrite or place.number != 0,
             adopts=self._options.adopts,
             points_latest=self._options.points_latest,
+            number=self._number,
             place=place.number,
             hosts=place.hosts,
             before_shown=insist,

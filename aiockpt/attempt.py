@@ -259,8 +259,11 @@ class Attempt:
 
     # --- ending ---------------------------------------------------------------
 
-    async def commit(self) -> None:
+    async def commit(self, number: int = 0) -> None:
         """Publishes what was saved: afterwards `report` or `failure` is set.
+
+        Args:
+            number: Among the commits of the engine, in the order of the calls.
 
         Raises:
             EngineStateError: Nothing has been saved; the attempt stays open.
@@ -282,19 +285,19 @@ class Attempt:
                 self._seal(is_sealed=False)
                 raise
             if self.failure is None:
-                await self._publish()
+                await self._publish(number)
 
     def _seal(self, *, is_sealed: bool) -> None:
         with self._adding:
             self._is_sealed = is_sealed
 
-    async def _publish(self) -> None:
+    async def _publish(self, number: int) -> None:
         emit, files = self._means.emit, self._own_files()
         costs = self._costs()
         if files:
             emit(Synced(self.tag, len(files), costs.nbytes, costs.sync_s))
         share = Share(files=tuple(files), costs=costs)
-        publishing, is_cancelled = await watch(self._agreement.publish(share))
+        publishing, is_cancelled = await watch(self._agreement.publish(share, number))
         if publishing.cancelled():
             self._seal(is_sealed=False)
             raise asyncio.CancelledError

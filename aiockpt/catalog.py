@@ -19,6 +19,7 @@ import secrets
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from importlib import metadata
+from typing import NamedTuple
 
 import torch
 from typing_extensions import override
@@ -49,6 +50,13 @@ _logger = logging.getLogger(__name__)
 _PENDING = f"{LATEST}."
 
 
+class _Pointed(NamedTuple):
+    """The attempt that `latest` was moved to by this engine, and its number."""
+
+    attempt: str
+    number: int
+
+
 class Catalog(TagReader):
     """The tags of one root, as one engine changes them.
 
@@ -63,6 +71,8 @@ class Catalog(TagReader):
         super().__init__(storage)
         self.leases = Leases(storage)
         self._area = WorkArea(storage)
+        self._last_ns: int | None = None
+        self._pointed = _Pointed("", -1)
 
     # --- the engine's own work area -----------------------------------------
 
@@ -158,6 +168,7 @@ class Catalog(TagReader):
         is_overwrite: bool,
         adopts: bool = False,
         points_latest: bool = True,
+        number: int = 0,
         place: int = 0,
         hosts: Mapping[int, str] | None = None,
         before_shown: Callable[[], None] = lambda: None,
@@ -177,6 +188,8 @@ class Catalog(TagReader):
             is_overwrite: Whether it may take the place of a published tag.
             adopts: Whether files that others put into the tag's directory stay in it.
             points_latest: Whether `latest` is moved to it.
+            number: Among the commits of this engine: where they run beside each other,
+                `latest` does not go back to one that was begun earlier.
             place: See `Manifest`.
             hosts: See `Manifest`.
             before_shown: Called right before the rename; what it raises is raised, and
@@ -194,10 +207,11 @@ class Catalog(TagReader):
             # What a dead engine published last comes before this, for good.
             self._settle_latest()
             before = self._read_pointer(LATEST)
+            points_latest &= not self._is_overtaken(before, number)
             manifest = Manifest(
                 tag=tag,
                 attempt=attempt,
-                published_ns=_next_ns(before.published_ns if before else 0),
+                published_ns=self._next_ns(before),
                 world_size=world_size,
                 files=tuple(sorted(files, key=lambda entry: entry.path)),
                 place=place,
@@ -234,7 +248,25 @@ class Catalog(TagReader):
                 raise
             if adopts and is_swap:
                 adopt_late(storage, directory, tag, known)
+            self._note_shown(manifest, number, is_latest=points_latest)
         return manifest
+
+    def _is_overtaken(self, latest: Manifest | None, number: int) -> bool:
+        is_own = latest is not None and latest.attempt == self._pointed.attempt
+        return is_own and number < self._pointed.number
+
+    def _note_shown(self, manifest: Manifest, number: int, *, is_latest: bool) -> None:
+        self._last_ns = manifest.published_ns
+        if is_latest:
+            self._pointed = _Pointed(manifest.attempt, number)
+
+    def _next_ns(self, latest: Manifest | None) -> int:
+        """A moment after that of every tag, whatever the clock says."""
+        if self._last_ns is None:
+            newest = self._newest()
+            self._last_ns = newest.published_ns if newest is not None else 0
+        last_ns = max(self._last_ns, latest.published_ns if latest is not None else 0)
+        return max(time.time_ns(), last_ns + 1)
 
     def _check_written(self, directory: str, entries: Sequence[FileEntry]) -> None:
         """Returns if the files are there, and whole: a manifest makes them a tag."""
@@ -372,25 +404,38 @@ class Catalog(TagReader):
 
     # --- deleting ------------------------------------------------------------
 
-    def delete(self, tag: str, published_ns: int | None = None) -> None:
+    def expire(self, tag: str, published_ns: int) -> None:
+        """As `delete`, of a tag that was published then and is not the newest.
+
+        Raises:
+            CheckpointNotFoundError: No such tag.
+            EngineStateError: Somebody holds a lease on it, has replaced it, or has
+                deleted all that came after it.
+            StorageError: The file system refused; the tag is gone or whole.
+        """
+        self._delete(tag, published_ns)
+
+    def delete(self, tag: str) -> None:
         """Unpublishes a tag, durably and at once, then removes its files.
 
         `latest` moves to the newest tag left where it named this one.
 
         Args:
             tag: Its name.
-            published_ns: The one that was published then, and no other of that name.
 
         Raises:
             CheckpointNotFoundError: No such tag.
-            EngineStateError: Somebody holds a lease on it, or has replaced it.
+            EngineStateError: Somebody holds a lease on it.
             StorageError: The file system refused; the tag is gone or whole.
         """
+        self._delete(tag, None)
+
+    def _delete(self, tag: str, published_ns: int | None) -> None:
         with self._changing_tags():
             if not self._is_published(check_tag(tag)):
                 self.manifest(tag)
-            if published_ns is not None and published_ns != self._published_ns(tag):
-                raise EngineStateError(f"tag {tag!r} has been replaced meanwhile")
+            if published_ns is not None:
+                self._check_superseded(tag, published_ns)
             self.leases.check_unread(tag)
             latest = self._read_pointer(LATEST)
             # Only now: where there is no such tag, nothing may be left of the attempt.
@@ -400,6 +445,13 @@ class Catalog(TagReader):
             if latest is not None and latest.tag == tag:
                 self._retreat_latest()
         self._storage.remove_tree(directory)
+
+    def _check_superseded(self, tag: str, published_ns: int) -> None:
+        if published_ns != self._published_ns(tag):
+            raise EngineStateError(f"tag {tag!r} has been replaced meanwhile")
+        newest = self._newest()
+        if newest is not None and newest.tag == tag:
+            raise EngineStateError(f"tag {tag!r} is the newest one meanwhile")
 
     def _published_ns(self, tag: str) -> int | None:
         """None where the manifest is damaged: such a tag can be deleted."""
@@ -415,10 +467,6 @@ class Catalog(TagReader):
         else:
             self._storage.remove(LATEST)
             self._storage.sync_dir("")
-
-
-def _next_ns(last_ns: int) -> int:
-    return max(time.time_ns(), last_ns + 1)
 
 
 def _own_version() -> str:

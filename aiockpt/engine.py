@@ -219,7 +219,8 @@ class CheckpointEngine:
         Raises:
             InvalidArgumentError: A bad path or group, a path saved before, or a value
                 that cannot be pickled (its key path is named).
-            EngineStateError: No such open tag, or it has failed.
+            EngineStateError: No such open tag, or it has failed; or a load is filling a
+                tensor of the state (`into`).
             StagingError: A tensor is on a device that cannot be used.
 
         If cancelled: the call does not suspend, so it is done or was never made.
@@ -442,8 +443,11 @@ class CheckpointEngine:
                 shape, and back; else nothing is changed, and the error lists all
                 misfits. So it is where two share memory and would not be given the
                 same, where a module's state dict has a copy of what the module keeps,
-                and where named tuples or other containers hold tensors. Contiguous host memory is filled by way of the ring; a target
-                of another kind costs its size in memory for a moment. Where the file
+                and where named tuples or other containers hold tensors. As an optimizer
+                does in `step`, the load waits until what is being staged has been;
+                until it has ended, its targets cannot be saved. Contiguous host memory
+                is filled by way of the ring; a target of another kind costs its size
+                in memory for a moment. Where the file
                 turns out to be corrupt, the targets' content is undefined. The result
                 is what was saved, with the targets in it: an optimizer's numbers (its
                 learning rate) are there, and not in the optimizer.

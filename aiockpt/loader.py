@@ -76,8 +76,8 @@ class LoadOptions:
             they are looked at; changing them does not change the file.
         into: Nested mappings, lists and tuples of tensors (or modules and
             optimizers, which stand for their state dicts) to fill in place, once
-            what any engine of the process is staging has been staged. Until the load
-            has ended they cannot be saved.
+            what engines of the process are staging has been staged (but for those whose
+            guard is off). Until the load has ended they cannot be saved.
         keys: Key paths of tensors, or globs over them (`model.layers.0.*`): only
             these are read (or filled), and the result is a dictionary of tensors
             by key path.
@@ -118,13 +118,14 @@ class LoadOptions:
 class Loader:
     """Loads files with the workers and the ring of an engine."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of an engine
         self,
         *,
         ring: Ring,
         workers: Executor,
         num_workers: int,
         loaders: Executor,
+        fillers: Executor,
         spawn: Callable[[Coroutine[Any, Any, None]], Call[None]],
         devices: Devices | None = None,
     ) -> None:
@@ -135,6 +136,7 @@ class Loader:
             workers: Threads that read and checksum.
             num_workers: How many of these one load keeps busy.
             loaders: Threads that unpickle, and wait for the workers.
+            fillers: Likewise, for loads into tensors, which may wait for saves as well.
             spawn: Starts a coroutine on the engine's loop, from any thread.
             devices: What copies from the ring to devices, where that is done.
         """
@@ -142,6 +144,7 @@ class Loader:
         self._workers = workers
         self._num_workers = num_workers
         self._loaders = loaders
+        self._fillers = fillers
         self._spawn = spawn
         self._devices = devices
 
@@ -162,7 +165,8 @@ class Loader:
                 allow.
         """
         options.check()
-        return await self.run(partial(_load, open_file, options))
+        threads = self._loaders if options.into is None else self._fillers
+        return await self._run(partial(_load, open_file, options), threads)
 
     async def load_bytes(self, open_file: Callable[[], Opened]) -> bytes:
         """Returns the bytes of the file that `open_file` opens, checked.
@@ -194,10 +198,11 @@ class Loader:
 
         If cancelled: reading ends soon; returns when the thread is done with it.
         """
+        return await self._run(work, self._loaders)
+
+    async def _run(self, work: Callable[[Reader], T], threads: Executor) -> T:
         reader = Reader(self._begin, self._ring.chunk_bytes, self._devices)
-        return await run_interruptibly(
-            self._loaders, reader.stop, partial(work, reader)
-        )
+        return await run_interruptibly(threads, reader.stop, partial(work, reader))
 
     def _begin(self, read: BulkRead) -> Call[None]:
         return self._spawn(read.run(self._ring, self._workers, self._num_workers))

@@ -82,6 +82,8 @@ class Machinery:
         self.workers = WorkerPool(config.parser_threads, "aiockpt-worker")
         # Not in the background: who loads a checkpoint has nothing else to do.
         self._loaders = WorkerPool(_NUM_LOADERS, "aiockpt-load", is_background=False)
+        # Apart: what fills tensors may wait for staging, and nobody waits behind it.
+        self._fillers = WorkerPool(_NUM_LOADERS, "aiockpt-fill", is_background=False)
         num_readers = _READERS_PER_WORKER * config.parser_threads
         self._readers = WorkerPool(num_readers, "aiockpt-read", is_background=False)
         self.loader = Loader(
@@ -89,6 +91,7 @@ class Machinery:
             workers=self._readers,
             num_workers=num_readers,
             loaders=self._loaders,
+            fillers=self._fillers,
             spawn=self.spawn,
             devices=self._devices,
         )
@@ -176,6 +179,7 @@ class Machinery:
             self._copiers,
             self.workers,
             self._loaders,
+            self._fillers,
             self._readers,
         )
         for pool in pools:

@@ -29,6 +29,7 @@ class OpenTags:
         self._means = means
         self._attempts: dict[str, Attempt] = {}
         self._opening: set[str] = set()
+        self._num_commits = 0
 
     # --- from any thread ------------------------------------------------------
 
@@ -79,7 +80,8 @@ class OpenTags:
     async def commit(self, tag: str) -> Attempt:
         """Publishes a tag; its attempt, which then has a report."""
         attempt = self.get(tag)
-        await attempt.commit()
+        self._num_commits += 1
+        await attempt.commit(self._num_commits)
         self._forget(attempt)
         attempt.raise_if_failed()
         return attempt

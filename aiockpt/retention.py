@@ -1,6 +1,7 @@
 """Which published tags to keep: small policy objects, combined by "any keeps".
 
-The engine asks after each commit, and never removes the newest tag.
+The engine asks after each commit, and removes neither the newest tag, nor the one that
+`latest` names, nor the one just committed.
 """
 
 __all__ = ["KeepEvery", "KeepLast", "RetentionPolicy", "expired"]

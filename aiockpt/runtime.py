@@ -227,8 +227,7 @@ class Runtime:
         relative = check_path(path, [f"{self.root}/{tag}"])
         state, metadata = or_weights(state, relative, metadata)
         save = FileSave(tag, relative, capture(state), metadata)
-        self._means.saver.mark(save)
-        self._machinery.gate.enter(save)
+        self._means.saver.enter(save)
         return save
 
     def _add(self, save: FileSave) -> None:
@@ -338,11 +337,16 @@ class Runtime:
             return
         try:
             published = {info.tag: info.published_ns for info in await self.tags()}
+            # Where commits run beside each other, these need not be the last.
+            spared = {attempt.tag, await self.latest()}
             for tag in expired(list(published), self._retention):
+                if tag in spared:
+                    continue
                 # The tidying of another commit may have been first. What is being read
                 # is left to that of a later one, and what has been saved anew stays.
                 with suppress(CheckpointNotFoundError, EngineStateError):
-                    await self._delete(tag, published[tag])
+                    await self._blocking(self._catalog.open_work)
+                    await self._blocking(self._catalog.expire, tag, published[tag])
         except Exception as error:  # noqa: BLE001 - a policy is the user's code
             _logger.warning("old tags of %s remain: %s", self.root, error)
 
@@ -382,11 +386,8 @@ class Runtime:
     async def delete(self, tag: str) -> None:
         """Unpublishes a tag, then removes its files."""
         check_tag(tag)
-        await self._delete(tag)
-
-    async def _delete(self, tag: str, published_ns: int | None = None) -> None:
         await self._blocking(self._catalog.open_work)
-        await self._blocking(self._catalog.delete, tag, published_ns)
+        await self._blocking(self._catalog.delete, tag)
 
     def reading(self, tag: str | None) -> Reading:
         """A lease on a published tag, to be begun."""

@@ -57,17 +57,32 @@ class Saver:
     emit: Callable[[Event], None]
     devices: Devices | None = None
 
+    def enter(self, save: FileSave) -> None:
+        """Keeps optimizers and loads away from the tensors of `save`, and marks it.
+
+        `release` or `StagingGate.leave` must follow; not if it raises.
+
+        Raises:
+            EngineStateError: A load is filling a tensor of it.
+            StagingError: As `mark`.
+        """
+        assert save.capture is not None
+        # First: a load that begins now finds it there, or is found.
+        self.gate.enter(save)
+        try:
+            check_at_rest(save.capture)
+            self.mark(save)
+        except BaseException:
+            self.gate.leave(save)
+            raise
+
     def mark(self, save: FileSave) -> None:
         """Has `save` staged behind what the calling thread has enqueued on devices.
 
         Raises:
-            EngineStateError: A load is filling a tensor of it.
             StagingError: It is on a device that cannot be used, or refuses.
         """
-        if save.capture is None:
-            return
-        check_at_rest(save.capture)
-        if self.devices is not None:
+        if self.devices is not None and save.capture is not None:
             save.stager = mark(self.devices, self.copiers, save.capture)
 
     async def run(self, save: FileSave, target: str, rank: int) -> None:

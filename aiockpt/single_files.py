@@ -66,8 +66,7 @@ class SingleFile:
         """From now on `machinery` keeps optimizers away until all is staged."""
         self._machinery = machinery
         self._storage = machinery.storage(self._directory)
-        machinery.saver(self._storage).mark(self._save)
-        machinery.gate.enter(self._save)
+        machinery.saver(self._storage).enter(self._save)
 
     async def write(self) -> None:
         """Makes the file complete and durable, under a temporary name.

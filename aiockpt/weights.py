@@ -17,9 +17,9 @@ from aiockpt.errors import InvalidArgumentError
 FORMAT_METADATA: Final[Mapping[str, str]] = {"format": "pt"}
 """What `transformers` wants to read in the header of a safetensors file."""
 
-# Device, address, dtype, shape and stride.
+# Device, address, dtype, shape, stride, and whether it is read as conjugate or negative.
 Memory: TypeAlias = tuple[
-    torch.device, int, torch.dtype, tuple[int, ...], tuple[int, ...]
+    torch.device, int, torch.dtype, tuple[int, ...], tuple[int, ...], bool, bool
 ]
 
 
@@ -110,6 +110,8 @@ def memory_of(tensor: torch.Tensor) -> Memory | None:
         tensor.dtype,
         tuple(tensor.shape),
         tensor.stride(),
+        tensor.is_conj(),
+        tensor.is_neg(),
     )
 
 

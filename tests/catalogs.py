@@ -54,17 +54,25 @@ def prepare(catalog: Catalog, root: Path, content: Content = SOME) -> dict[str, 
     }
 
 
-def publish(
+def publish(  # noqa: PLR0913 - what `Catalog.publish` has
     catalog: Catalog,
     root: Path,
     tag: str,
     content: Content = SOME,
     *,
     is_overwrite: bool = False,
+    points_latest: bool = True,
+    number: int = 0,
 ) -> Manifest:
     """Publishes `content` as `tag`, and removes what took its place."""
     prepared = prepare(catalog, root, content)
-    manifest = catalog.publish(tag, is_overwrite=is_overwrite, **prepared)
+    manifest = catalog.publish(
+        tag,
+        is_overwrite=is_overwrite,
+        points_latest=points_latest,
+        number=number,
+        **prepared,
+    )
     catalog.discard(prepared["directory"])
     return manifest
 

@@ -153,6 +153,16 @@ def read_bytes(file: ReadFile, region: Region) -> bytes:
     return bytes(data)
 
 
+def content_of(file: ReadFile, region: Region) -> tuple[int, int]:
+    """Length and CRC-32 of a region's bytes, as they are; errors as `StorageError`."""
+    checksum, block = 0, memoryview(bytearray(min(region.nbytes, _BLOCK_BYTES)))
+    for start in range(0, region.nbytes, _BLOCK_BYTES):
+        part = block[: min(_BLOCK_BYTES, region.nbytes - start)]
+        file.read_into(region.offset + start, part)
+        checksum = crc32(part, checksum)
+    return region.nbytes, checksum
+
+
 def read_storage(file: ReadFile, region: Region) -> torch.UntypedStorage:
     """Returns the region's bytes in new memory; errors as those of `read_region`."""
     memory = torch.empty(region.nbytes, dtype=torch.uint8, device="cpu")

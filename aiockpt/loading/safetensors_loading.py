@@ -32,6 +32,7 @@ from aiockpt.loading.reading import (
     Region,
     Window,
     checksum_mismatch,
+    content_of,
     named,
     open_mapping,
     read_bytes,
@@ -145,8 +146,9 @@ class SafetensorsLoading:
         described = {
             name: Described(entry.dtype, entry.shape) for name, entry in entries.items()
         }
-        # No two names have the same elements.
-        check_targets(path, described, tensors, Source)
+        check_targets(
+            path, described, tensors, lambda name: self._source(entries[name])
+        )
         direct: dict[str, list[torch.Tensor]] = {}
         indirect: dict[str, Piece] = {}
         for name, entry in entries.items():
@@ -173,6 +175,10 @@ class SafetensorsLoading:
                 region = tensor_region(entries[name])._replace(crc32=crc32s.get(name))
                 self._fill_by_copy(region, piece)
         return {name: tensors[name] for name in entries}, total if is_whole else None
+
+    def _source(self, entry: TensorEntry) -> Source:
+        """What a tensor is filled with; tied weights may have been copied to the file."""
+        return Source((entry.dtype, content_of(self.file, tensor_region(entry))))
 
     def _fill_by_copy(self, region: Region, piece: Piece) -> None:
         # One after the other, so that only one is in memory twice.

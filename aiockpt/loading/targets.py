@@ -100,7 +100,16 @@ def _visit_module(
         return
     # Modules may also hand out what they keep without its being a parameter or buffer.
     kept = _Memory.of(part for part in _walk(module) if isinstance(part, torch.Tensor))
-    found.copies.update(key for key, t in own.tensors.items() if not kept.has(t))
+    # What it keeps where nobody looks (in an object of another class) comes twice; what
+    # it makes for the call does not, while the first is still there.
+    again = FoundTargets({}, set(), {})
+    _visit(again, key, module.state_dict(), parents)
+    known = [kept, _Memory.of(again.tensors.values())]
+    found.copies.update(
+        name
+        for name, tensor in own.tensors.items()
+        if not any(memory.has(tensor) for memory in known)
+    )
 
 
 class _Memory(NamedTuple):

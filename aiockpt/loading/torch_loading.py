@@ -29,6 +29,7 @@ from aiockpt.loading.reading import (
     Fetch,
     Region,
     Window,
+    content_of,
     open_mapping,
     read_storage,
 )
@@ -259,10 +260,12 @@ class TorchLoading:
     def _source(self, node: object) -> Source:
         """Where the elements of a tensor are; equal for the same ones."""
         if is_plain(node) and node.storage_key is not None:
-            region = self.records.region(storage_record(node.storage_key))
+            name = storage_record(node.storage_key)
+            entry = self.records.entries.get(name)
             # Tied weights that were copied on their way to the file are two records.
-            content = region.crc32 and (region.nbytes, region.crc32)
-            return Source(content or region.name, node.offset, node.stride)
+            known = entry is not None and entry.crc32 and (entry.nbytes, entry.crc32)
+            content = known or content_of(self.records.file, self.records.region(name))
+            return Source(content, node.offset, node.stride)
         # Whatever it is made of and how: what makes the same says the same.
         return Source(emit(node, like=self.records.pickle))
 

@@ -1,5 +1,6 @@
 """A tag is replaced at one instant: readers see the old one or the new one, whole."""
 
+import asyncio
 import errno
 import logging
 import tempfile
@@ -20,9 +21,10 @@ from aiockpt.errors import (
 )
 from aiockpt.events import Published
 from aiockpt.retention import KeepEvery, KeepLast
+from aiockpt.storage.local_write import LocalWriteFile
 from catalogs import leftovers, names_in
 from crashing import Server
-from gates import Gate
+from gates import Gate, held, turns
 from tracing import Moment, fail_on, tapped
 from workloads import SMALL, Engine, assert_whole, content, save, seeds, state
 
@@ -229,6 +231,30 @@ def test_nothing_goes_before_a_commit_or_without_one(root):
             with pytest.raises(StorageError):
                 save(engine, "step-5", 5)
         assert list(seeds(engine)) == ["step-1", "step-2", "step-3"]
+
+
+async def test_commits_beside_each_other_lose_no_tag_that_is_newer(root, monkeypatch):
+    async with aiockpt.CheckpointEngine(root, keeping(KeepLast(1))) as engine:
+        await engine.create("step-1")
+        await engine.create("step-2")
+        await (await engine.save({"x": 2}, "model.pt", tag="step-2")).written()
+        with held(monkeypatch, LocalWriteFile, "_write") as gate:
+            await engine.save({"x": 1}, "model.pt", tag="step-1")
+            await gate.reached()
+            first = asyncio.create_task(engine.commit("step-1"))
+            attempt = engine._runtime.open_tags.get("step-1")
+            while not attempt._is_sealed:
+                await turns(1)
+            await engine.commit("step-2")
+        await first
+    async with aiockpt.CheckpointEngine(root, keeping(KeepLast(1))) as engine:
+        assert await engine.latest() == "step-2"
+        # The one that was published last stays as well, until the next.
+        assert [info.tag for info in await engine.tags()] == ["step-2", "step-1"]
+        await engine.create("step-3")
+        await engine.save({"x": 3}, "model.pt")
+        await engine.commit("step-3")
+    assert names_in(root) == ["latest", "step-3"]
 
 
 async def test_a_commit_does_not_wait_for_old_tags_to_go(root):

@@ -112,11 +112,15 @@ async def test_a_module_with_tied_weights_is_filled_with_tied_ones(
     assert module.a.weight is module.b.weight
 
 
-async def test_a_module_with_tied_weights_is_filled_with_equal_copies(engine):
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("verify", [True, False])
+async def test_a_module_with_tied_weights_is_filled_with_equal_copies(
+    engine, name, verify
+):
     state = Pair(is_tied=True).state_dict()
-    await saved(engine, {key: each.clone() for key, each in state.items()}, "model.pt")
+    await saved(engine, {key: each.clone() for key, each in state.items()}, name)
     module = Pair(is_tied=True)
-    await engine.load("model.pt", into=module)
+    await engine.load(name, into=module, verify=verify)
     for key, tensor in module.state_dict().items():
         assert torch.equal(tensor, state[key])
 
@@ -230,6 +234,31 @@ async def test_a_module_may_hand_out_what_it_keeps_elsewhere(engine):
     await engine.load("model.pt", into=module)
     assert module.keeps["kept"].eq(1).all()
     assert module.keeps["hidden"][0].weight[1].eq(1).all()
+
+
+class Hidden(nn.Module):
+    """Has extra state in an object that nobody looks into."""
+
+    class Average:
+        def __init__(self):
+            self.shadow = torch.zeros(3)
+
+    def __init__(self):
+        super().__init__()
+        self.average = self.Average()
+
+    def get_extra_state(self):
+        return self.average.shadow
+
+    def set_extra_state(self, _):
+        raise NotImplementedError
+
+
+async def test_a_module_may_hand_out_what_it_keeps_where_nobody_looks(engine):
+    await saved(engine, {"_extra_state": torch.arange(3.0)})
+    module = Hidden()
+    await engine.load("model.pt", into=module)
+    assert torch.equal(module.average.shadow, torch.arange(3.0))
 
 
 async def test_wrappers_and_what_has_no_memory_yet_are_no_copies(engine):

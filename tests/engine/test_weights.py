@@ -123,6 +123,15 @@ async def test_a_transposed_view_is_a_tensor_of_its_own(engine):
     assert torch.equal(found["weight"], module.weight)
 
 
+async def test_a_conjugate_is_not_tied_to_what_it_is_one_of_and_so_refused(engine):
+    module = nn.Module()
+    module.register_buffer("plain", torch.randn(3, dtype=torch.complex64))
+    module.register_buffer("conjugate", module.plain.conj())
+    await engine.save(module, "model.safetensors")
+    with pytest.raises(InvalidArgumentError):
+        await engine.commit("a")
+
+
 async def test_a_part_of_a_tensor_is_not_tied_to_it_and_so_refused(engine):
     module = nn.Linear(3, 3)
     module.register_buffer("rows", module.weight.detach()[:2])

@@ -643,8 +643,44 @@ def test_an_overwrite_that_can_neither_be_synced_nor_undone_keeps_both_copies(
 def test_a_tag_that_was_replaced_meanwhile_is_not_the_one_to_be_deleted(catalog, root):
     old = publish(catalog, root, "a").published_ns
     new = publish(catalog, root, "a", is_overwrite=True).published_ns
+    publish(catalog, root, "b")
     with pytest.raises(EngineStateError, match="replaced"):
-        catalog.delete("a", old)
+        catalog.expire("a", old)
     assert catalog.manifest("a").published_ns == new
-    catalog.delete("a", new)
-    assert catalog.tags() == []
+    catalog.expire("a", new)
+    assert [info.tag for info in catalog.tags()] == ["b"]
+
+
+def test_a_tag_does_not_expire_where_all_that_came_after_it_are_gone(catalog, root):
+    old = publish(catalog, root, "a").published_ns
+    publish(catalog, root, "b")
+    catalog.delete("b")
+    with pytest.raises(EngineStateError, match="newest"):
+        catalog.expire("a", old)
+    assert catalog.latest() == "a"
+
+
+def test_a_commit_is_after_all_others_whatever_the_clock_says(
+    catalog, root, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("time.time_ns", lambda: 2**62)
+        publish(catalog, root, "a")
+        newest = publish(catalog, root, "b", points_latest=False)
+    with catalog_at(root) as another:
+        later = publish(another, root, "c")
+    assert later.published_ns > newest.published_ns
+    assert catalog.latest() == "c"
+
+
+def test_latest_does_not_go_back_to_a_commit_that_was_begun_earlier(catalog, root):
+    publish(catalog, root, "b", number=2)
+    publish(catalog, root, "a", number=1)
+    assert catalog.latest() == "b"
+    # Nor is it kept from going on, by whomever.
+    publish(catalog, root, "c", number=3)
+    assert catalog.latest() == "c"
+    with catalog_at(root) as another:
+        publish(another, root, "d", number=1)
+    publish(catalog, root, "e", number=2)
+    assert catalog.latest() == "e"
