@@ -110,11 +110,14 @@ class WorkArea:
             if lock is None:
                 continue
             try:
+                has_left = self._storage.exists(f"{_WORK_DIR}/{engine}")
                 self._remove(engine)
             finally:
                 lock.release()
-            dead.append(engine)
-            _logger.info("removed what the dead engine %s left behind", engine)
+            # Without a directory it may be one that is just about to take its lock.
+            if has_left:
+                dead.append(engine)
+                _logger.info("removed what the dead engine %s left behind", engine)
         return dead
 
     def _remove(self, engine: str) -> None:

@@ -153,6 +153,15 @@ def test_an_engine_that_is_just_starting_is_not_taken_for_dead(catalog, root):
         assert leftovers(root) == before != []
 
 
+def test_a_lock_without_a_directory_is_no_dead_engine(catalog, root):
+    """Of one that is just starting it is there before it is held."""
+    lock = root / ".aiockpt" / "work" / "starting.lock"
+    lock.parent.mkdir(exist_ok=True)
+    lock.touch()
+    assert catalog.sweep() == []
+    assert not lock.exists()
+
+
 def test_no_link_is_followed_out_of_a_dead_engines_directory(catalog, root, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()

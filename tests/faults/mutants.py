@@ -89,14 +89,14 @@ def old_tag_removed_before_the_new_one_is_shown(patch: pytest.MonkeyPatch) -> No
 
 
 def published_before_the_files_are_written(patch: pytest.MonkeyPatch) -> None:
-    async def commit(attempt: Attempt) -> None:
+    async def commit(attempt: Attempt, number: int) -> None:
         attempt._seal(is_sealed=True)
         for save in attempt.saves:
             # Nothing tells a mutant when; it is no part of the engine.
             while not (nbytes := save.progress.planned_bytes):  # noqa: ASYNC110
                 await asyncio.sleep(0)
             save.entry = FileEntry(path=save.path, nbytes=nbytes, crc32=0)
-        await attempt._publish()
+        await attempt._publish(number)
 
     patch.setattr(Attempt, "commit", commit)
     patch.setattr(Catalog, "_check_written", lambda *_: None)
@@ -261,10 +261,10 @@ def failure_of_a_rank_told_to_nobody(patch: pytest.MonkeyPatch) -> None:
 def published_before_all_ranks_have_told(patch: pytest.MonkeyPatch) -> None:
     publish = Agreement.publish
 
-    async def publish_own(agreement: Agreement, share: Share) -> object:
+    async def publish_own(agreement: Agreement, share: Share, number: int) -> object:
         if agreement.is_publisher:
             await agreement._show(share.files)
-        return await publish(agreement, share)
+        return await publish(agreement, share, number)
 
     patch.setattr(Agreement, "publish", publish_own)
 
