@@ -132,7 +132,7 @@ def modes(out: str) -> Any:
     ):  # fmt: skip
         getattr(optimizer, before)()
         weight, name = model.weight.detach().clone(), f"{before}-{after}"
-        with late_staging((Ours, "save_state"), (BackgroundTags, "drain")):
+        with late_staging((BackgroundTags, "drain")):
             accelerator.save_state(f"{out}/{name}")
             getattr(optimizer, after)()
             is_staging = accelerator._tags._runtime._machinery.gate.is_staging

@@ -14,13 +14,12 @@ Method = tuple[type, str]
 
 
 @contextlib.contextmanager
-def late_staging(save: Method, *waits: Method) -> Iterator[None]:
+def late_staging(*waits: Method) -> Iterator[None]:
     """Within the block nothing is copied before somebody waits for it.
 
     So whatever comes between a save and the next wait comes before its staging, always.
 
     Args:
-        save: What begins a save.
         waits: What waits for saves, apart from `StagingGate.wait`.
     """
     may_stage = threading.Event()
@@ -33,12 +32,11 @@ def late_staging(save: Method, *waits: Method) -> Iterator[None]:
         return fill
 
     def clearing(original: Any) -> Any:
-        @functools.wraps(original)
-        def begin(*args: Any, **kwargs: Any) -> Any:
+        def enter(*args: Any) -> None:
             may_stage.clear()
-            return original(*args, **kwargs)
+            original(*args)
 
-        return begin
+        return enter
 
     def setting(original: Any) -> Any:
         @functools.wraps(original)
@@ -50,7 +48,8 @@ def late_staging(save: Method, *waits: Method) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.callback(may_stage.set)
-        changes = [(host, "_fill", late), (*save, clearing)]
+        # Not where a framework's save begins: that may wait for the one before.
+        changes = [(host, "_fill", late), (StagingGate, "enter", clearing)]
         changes += [(*each, setting) for each in [(StagingGate, "wait"), *waits]]
         for owner, name, change in changes:
             original = getattr(owner, name)

@@ -276,9 +276,7 @@ AVERAGES = {
 
 def averages(out: str, kind: str, **saving: Any) -> Any:
     """The files of the stock and of ours where a callback averages behind saves."""
-    late = late_staging(
-        (AiockptCheckpointIO, "save_checkpoint"), (AiockptCheckpointIO, "_drain")
-    )
+    late = late_staging((AiockptCheckpointIO, "_drain"))
     files = []
     for io, run, context in (
         (None, "stock", contextlib.nullcontext()),

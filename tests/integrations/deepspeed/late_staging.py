@@ -2,7 +2,6 @@
 
 import contextlib
 
-from aiockpt.integrations.deepspeed.lazy import LazyCheckpointEngine
 from aiockpt.integrations.deepspeed.roots import Roots
 from integrations import late_staging as general
 
@@ -12,4 +11,4 @@ def late_staging() -> contextlib.AbstractContextManager[None]:
 
     So forward and backward passes come between a save and its staging, always.
     """
-    return general.late_staging((LazyCheckpointEngine, "save"), (Roots, "run"))
+    return general.late_staging((Roots, "run"))
