@@ -174,6 +174,8 @@ class CheckpointEngine:
     async def create(self, tag: str, *, overwrite: bool = False) -> None:
         """Opens a tag for saving; readers see nothing of it until `commit`.
 
+        An open tag of which a call has told that it failed is dropped for it.
+
         Args:
             tag: One directory name: no `/`, no leading dot.
             overwrite: Whether `commit` may replace a published tag of that name,

@@ -65,10 +65,13 @@ class OpenTags:
     async def create(self, tag: str, options: TagOptions) -> None:
         """Opens a tag for saving, on all ranks."""
         check_tag(tag)
-        if tag in self._attempts or tag in self._opening:
+        before = self._attempts.get(tag)
+        if tag in self._opening or (before is not None and not before.is_reported):
             raise EngineStateError(f"tag {tag!r} is open already")
         self._opening.add(tag)
         try:
+            # A caller that was told of a failure starts again.
+            await self.abort_if_open(tag)
             means = self._means
             parts = means.ranks, means.catalog, means.clerks, tag
             place = await open_place(*parts, options)

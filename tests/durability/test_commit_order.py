@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import torch
 import aiockpt.sync
 from aiockpt.errors import StorageError
 from aiockpt.storage import local, local_calls, local_write
+from aiockpt.testing.system_calls import Moment
+from gates import LIMIT_S
 from tracing import (
     HARMLESS,
     STRACE,
@@ -223,10 +226,18 @@ def test_nothing_else_on_the_way_of_a_save_reaches_the_file_system():
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
 def test_a_failed_sync_fails_the_commit_and_is_never_tried_again(root, path, number):
     traced(root, "step-0")
+    failing, is_saved = fail_on("fsync", path, number), threading.Event()
+
+    def fail_late(moment: Moment) -> None:
+        if moment.name == "fsync" and moment.path.endswith(path):
+            # Else the next `save` may be refused for it.
+            assert is_saved.wait(LIMIT_S)
+        failing(moment)
 
     with aiockpt.sync.CheckpointEngine(root, SMALL) as engine:
-        with tapped(fail_on("fsync", path, number)) as tap:
+        with tapped(fail_late) as tap:
             save_all(engine, "step-1")
+            is_saved.set()
             with pytest.raises(StorageError) as caught:
                 engine.commit("step-1")
         assert engine.latest() == "step-0"

@@ -68,6 +68,32 @@ async def test_a_failed_commit_ends_the_tag_which_can_be_created_again(
         assert (await engine.load("model.pt"))["step"] == 7
 
 
+@pytest.mark.parametrize("how", ["written", "staged", "save"])
+async def test_a_tag_is_created_again_by_who_was_told_that_it_failed(
+    root, monkeypatch, how
+):
+    async with CheckpointEngine(root, RING_8_MIB) as engine:
+        with monkeypatch.context() as broken:
+            broken.setattr(saver, "make_plan", failing(StorageError(5, "x", "f")))
+            await engine.create("a")
+            handle = await engine.save(STATE, "model.pt")
+            attempt = engine._runtime.open_tags.get("a")
+            while attempt.failure is None:
+                await turns(1)
+        with pytest.raises(EngineStateError, match="'a' is open already"):
+            await engine.create("a")
+        with pytest.raises((StorageError, EngineStateError)):
+            if how == "save":
+                await engine.save(STATE, "other.pt")
+            else:
+                await getattr(handle, how)()
+
+        await engine.create("a")
+        await engine.save(STATE, "model.pt")
+        await engine.commit("a")
+        assert (await engine.load("model.pt"))["step"] == 7
+
+
 async def test_a_failed_write_gives_back_a_ring_that_was_full(root, monkeypatch):
     async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("a")

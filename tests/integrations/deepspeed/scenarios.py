@@ -291,6 +291,8 @@ def a_full_disk_on_one_rank(problems, root):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     trainer.engine.save_checkpoint(root)
     trainer.run(2, 4)
+    ours = trainer.engine.checkpoint_engine
+    ours._wait(ours._commits)
     error = error_of(trainer.engine.save_checkpoint, root)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     check(problems, isinstance(error, PeerError), f"{error!r} was raised")
