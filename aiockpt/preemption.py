@@ -84,6 +84,9 @@ class Preemption:
             previous(number, frame)
         elif is_ours:
             self._late = number if self._is_ending else None
+            if self.is_closed:
+                # `close` looked, on another thread, before there was anything.
+                self._hand_on_late()
         elif signal.getsignal(number) is self._handler:
             self._set_back(number)
             signal.raise_signal(number)
@@ -130,6 +133,9 @@ class Preemption:
                 # Another one may have been put before it meanwhile, and call it.
                 if signal.getsignal(number) is self._handler:
                     self._set_back(number)
+        self._hand_on_late()
+
+    def _hand_on_late(self) -> None:
         late, self._late = self._late, None
         if late is not None:
             signal.raise_signal(late)

@@ -196,6 +196,26 @@ def test_a_signal_during_the_close_kills_when_all_has_ended(root, monkeypatch, i
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
+def test_a_signal_in_the_last_moment_of_a_close_elsewhere_is_not_lost(
+    root, monkeypatch
+):
+    raised: list[int] = []
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    engine, getpid = BlockingEngine(root), os.getpid
+    engine.preempt_on(signal.SIGUSR1)
+
+    def close_first() -> int:
+        monkeypatch.setattr(os, "getpid", getpid)
+        in_thread(engine.close).result(LIMIT_S)
+        return getpid()
+
+    # The handler has seen that the engine is open, and not yet noted the signal.
+    monkeypatch.setattr(os, "getpid", close_first)
+    os.kill(getpid(), signal.SIGUSR1)
+    assert raised == [signal.SIGUSR1]
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
 def test_a_closed_engine_does_not_kill_for_a_handler_that_came_later(root):
     engine = BlockingEngine(root)
     engine.preempt_on(signal.SIGUSR1)
