@@ -56,12 +56,16 @@ class Holding:
 
     def assert_not_above(self, first: Self) -> None:
         """Everything is as it was, but for a little memory."""
+        self.assert_not_more(first)
+        growth_bytes = self.resident_bytes - first.resident_bytes
+        assert growth_bytes < MAX_GROWTH_BYTES, f"{growth_bytes} bytes more"
+
+    def assert_not_more(self, first: Self) -> None:
+        """All that can be counted is as it was."""
         assert self.leased_bytes == 0
         assert self.num_fds <= first.num_fds, self
         assert self.num_threads <= first.num_threads, self
         assert self.num_entries <= first.num_entries, self
-        growth_bytes = self.resident_bytes - first.resident_bytes
-        assert growth_bytes < MAX_GROWTH_BYTES, f"{growth_bytes} bytes more"
 
 
 async def settled(engine: aiockpt.CheckpointEngine, num_tags: int) -> Holding:
@@ -202,8 +206,8 @@ async def test_readers_get_all_of_a_tag_or_nothing_while_tags_come_and_go(
         await save(engine, "step-0", 0)
         await engine.load(PATH)
         await engine.delete("step-0")
-        first = None
-        for _ in range(2):
+        held: list[Holding] = []
+        for _ in range(4):
             reading = Reading(engine)
             async with asyncio.TaskGroup() as group:
                 group.create_task(reading.write(cases.pick(20, 100)))
@@ -212,8 +216,12 @@ async def test_readers_get_all_of_a_tag_or_nothing_while_tags_come_and_go(
             assert reading.num_loaded > NUM_READERS
             for info in await engine.tags():
                 await engine.delete(info.tag)
+            held.append(await settled(engine, 0))
             # The second round finds what the first had to start.
-            if first is not None:
-                (await settled(engine, 0)).assert_not_above(first)
-            first = await settled(engine, 0)
+            held[-1].assert_not_more(held[0])
+    # How many states are in memory at once is chance, and the allocator keeps some of
+    # that; what is lost is lost in every round.
+    resident_bytes = [each.resident_bytes for each in held]
+    growth_bytes = min(resident_bytes[2:]) - max(resident_bytes[:2])
+    assert growth_bytes < MAX_GROWTH_BYTES, resident_bytes
     assert await consistent(root, is_swept=True) == []

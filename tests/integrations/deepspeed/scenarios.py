@@ -267,6 +267,9 @@ def a_rank_is_killed(problems, root):
         )
     trainer.engine.save_checkpoint(f"{sys.argv[2]}/killed")
     trainer.run(2, 4)
+    # Steps are not held up by writes: the kill may be yet to come.
+    ours = trainer.engine.checkpoint_engine
+    ours._wait(ours._commits)
 
 
 def it_goes_on_after_the_kill(problems, root):
