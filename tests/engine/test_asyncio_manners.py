@@ -51,7 +51,8 @@ async def test_a_save_goes_on_while_the_callers_loop_is_blocked(root):
         assert is_written.wait(LIMIT_S)
         async with asyncio.TaskGroup() as group:
             commit = group.create_task(engine.commit("a"))
-            await turns()
+            # One turn begins the commit; in a second one it could end.
+            await turns(1)
             assert is_published.wait(LIMIT_S)
             assert not commit.done()
         loaded = await engine.load("model.pt")
