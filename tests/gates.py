@@ -233,6 +233,12 @@ def noted_waits(patch: pytest.MonkeyPatch) -> "Future[None]":
     return waits
 
 
+def num_held(gate: StagingGate) -> int:
+    """How many threads are held at a guard: they have seen that something is staged."""
+    with gate._changed:
+        return len(gate._changed._waiters)
+
+
 async def either(one: "Future[None]", other: "Future[None]") -> None:
     """Returns when one of them is done."""
     futures = [asyncio.wrap_future(one), asyncio.wrap_future(other)]
