@@ -187,8 +187,9 @@ class EngineSide:
                 finally:
                     self.num_suspensions = driven.num_suspensions
 
-            call = original(machinery, main())
-            return call
+            # Before the loop can come to the suspension.
+            call = Call(main())
+            return original(machinery, call)
 
         self._patch.setattr(Machinery, "spawn", spawn)
         try:
