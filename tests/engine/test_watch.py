@@ -567,8 +567,9 @@ def test_an_exit_without_close_ends_a_watch_of_another_thread(root):
 import sys, threading, aiockpt.sync
 engine = aiockpt.sync.CheckpointEngine(sys.argv[1])
 watch = engine.watch()
-threading.Thread(target=lambda: print(list(watch), flush=True), daemon=True).start()
-while not engine._runtime.watcher._notices._interval_s:
+# It prints nothing: it may be the last thing that runs, and would hold the lock.
+threading.Thread(target=list, args=(watch,), daemon=True).start()
+while not engine._runtime.watcher._notices._changed._waiters:
     pass
 """
     root.mkdir()
