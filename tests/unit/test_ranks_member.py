@@ -401,7 +401,6 @@ async def test_whoever_closes_is_named_by_those_who_need_it(rank):
             assert (e.rank, e.phase) == (rank, "closed")
 
 
-@pytest.mark.timeout(20)
 async def test_the_hub_closes_as_soon_as_all_know(monkeypatch):
     monkeypatch.setattr("aiockpt.ranks.server._GOODBYE_S", 1000)
     monkeypatch.setattr("aiockpt.ranks.link._GOODBYE_S", 1000)
@@ -460,7 +459,12 @@ async def test_closing_ends_a_connect_that_waits():
             assert isinstance(e, EngineStateError)
 
 
-async def test_what_was_decided_last_reaches_all_though_the_hub_closes_at_once():
+async def test_what_was_decided_last_reaches_all_though_the_hub_closes_at_once(
+    monkeypatch,
+):
+    # Which is what megabytes may take on a busy machine.
+    monkeypatch.setattr("aiockpt.ranks.server._GOODBYE_S", LIMIT_S)
+    monkeypatch.setattr("aiockpt.ranks.link._GOODBYE_S", LIMIT_S)
     async with star(4) as job:
         await job.all_connected()
         verdict = bytes(range(256)) * (1 << 14)
