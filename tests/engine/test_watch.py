@@ -83,7 +83,9 @@ async def first(watch: AsyncIterator[TagInfo], count: int) -> list[str]:
 
 async def listening(engine: CheckpointEngine) -> None:
     """Returns when somebody waits for the kernel's notices."""
-    while not engine._runtime.watcher._notices._is_listening:
+    notices = engine._runtime.watcher._notices
+    # It goes on listening when nobody waits any more.
+    while not (notices._is_listening and notices._changed._waiters):
         await turns(1)
 
 
