@@ -20,6 +20,7 @@ from device_scenarios import (
     numbers,
     until,
 )
+from gates import turns
 
 
 @pytest.fixture
@@ -83,16 +84,19 @@ async def test_a_caller_waits_itself_where_its_stream_cannot(devices, root):
     async with CheckpointEngine(root, RING_32_MIB) as engine:
         await engine.create("a")
         devices.hold()
-        weight = devices.tensor(numbers(2))
-        handle = await engine.save({"weight": weight}, "model.pt")
-        await begun(handle)
-        devices.fail("follow")
-        waiting = asyncio.create_task(engine.staged())
-        for _ in range(100):
-            await asyncio.sleep(0)
-        assert not waiting.done()
-        assert not devices.copied
-        devices.release()
+        try:
+            weight = devices.tensor(numbers(2))
+            handle = await engine.save({"weight": weight}, "model.pt")
+            await begun(handle)
+            devices.fail("follow")
+            waiting = asyncio.create_task(engine.staged())
+            await turns(1)
+            # Asked for later: by its answer the stream has refused to wait.
+            await engine.latest()
+            assert not waiting.done()
+            assert not devices.copied
+        finally:
+            devices.release()
         await waiting
         devices.launch(weight, lambda data: data.zero_())
         await engine.commit("a")
