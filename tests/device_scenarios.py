@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from aiockpt import CheckpointEngine, TornSnapshotError
+from aiockpt.storage.local_write import LocalWriteFile
 from aiockpt.testing.simulated_device import SimulatedDevices
-from gates import LIMIT_S, happened, in_thread, turns
+from gates import LIMIT_S, happened, held, in_thread, num_held, turns
 
 MIB = 1 << 20
 RING_8_MIB = {"host_cache_size": 8 / 1024, "parser_threads": 2}
@@ -172,9 +173,16 @@ async def a_state_larger_than_the_ring_holds_a_step_as_long_as_need_be(
         weight = torch.nn.Parameter(devices.tensor(torch.randn(10 * MIB)))
         optimizer = Optimizer(devices, [weight])
         before = weight.detach().clone()
+        gate = engine._runtime._machinery.gate
         await engine.create("a")
-        await engine.save({"weight": weight}, "model.pt")
-        await in_a_thread(optimizer.step)
+        with pytest.MonkeyPatch.context() as patch:
+            # No chunk comes back, so not all copies can be begun before the step comes.
+            with held(patch, LocalWriteFile, "_write"):
+                await engine.save({"weight": weight}, "model.pt")
+                stepping = in_thread(optimizer.step)
+                await until(lambda: stepping.done() or num_held(gate) > 0)
+        await happened(stepping)
+        stepping.result()
         await engine.commit("a")
         await check_saved(engine, {"weight": before})
 

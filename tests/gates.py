@@ -187,8 +187,9 @@ class EngineSide:
                 finally:
                     self.num_suspensions = driven.num_suspensions
 
-            call = original(machinery, main())
-            return call
+            # Before the loop can come to the suspension.
+            call = Call(main())
+            return original(machinery, call)
 
         self._patch.setattr(Machinery, "spawn", spawn)
         try:
@@ -231,6 +232,12 @@ def noted_waits(patch: pytest.MonkeyPatch) -> "Future[None]":
 
     patch.setattr(StagingGate, "wait", wait)
     return waits
+
+
+def num_held(gate: StagingGate) -> int:
+    """How many threads are held at a guard: they have seen that something is staged."""
+    with gate._changed:
+        return len(gate._changed._waiters)
 
 
 async def either(one: "Future[None]", other: "Future[None]") -> None:

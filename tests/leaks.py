@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # How long what is already ending may take to end; nothing waits without need.
-THREAD_GRACE_S = 5.0
-TASK_GRACE_S = 1.0
+THREAD_GRACE_S = 30.0
+TASK_GRACE_S = 30.0
 
 # Caches that `multiprocessing` and torch keep for as long as the process lives.
 LASTING_TEMP_PREFIXES = ("pymp-", "torchinductor_")

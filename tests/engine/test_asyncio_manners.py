@@ -16,6 +16,7 @@ from aiockpt import (
     CheckpointEngine,
     events,
 )
+from aiockpt.attempt import Attempt
 from aiockpt.catalog import Catalog
 from aiockpt.staging import host
 from aiockpt.storage.local_write import LocalWriteFile
@@ -51,7 +52,8 @@ async def test_a_save_goes_on_while_the_callers_loop_is_blocked(root):
         assert is_written.wait(LIMIT_S)
         async with asyncio.TaskGroup() as group:
             commit = group.create_task(engine.commit("a"))
-            await turns()
+            # One turn begins the commit; in a second one it could end.
+            await turns(1)
             assert is_published.wait(LIMIT_S)
             assert not commit.done()
         loaded = await engine.load("model.pt")
@@ -71,6 +73,14 @@ async def test_any_number_of_tasks_and_loops_await_the_same_things(root, monkeyp
     def on_other_loop() -> set[Any]:
         return asyncio.run(wait_for_all(engine, handle))
 
+    commits: list[int] = []
+    commit = Attempt.commit
+
+    async def noted(attempt: Attempt, number: int) -> None:
+        commits.append(number)
+        await commit(attempt, number)
+
+    monkeypatch.setattr(Attempt, "commit", noted)
     seen: list[events.Event] = []
     async with CheckpointEngine(root, RING_8_MIB, observers=[seen.append]) as engine:
         await engine.create("a")
@@ -81,7 +91,7 @@ async def test_any_number_of_tasks_and_loops_await_the_same_things(root, monkeyp
                 here = group.create_task(wait_for_all(engine, handle))
                 await gate.reached()
                 # Every commit must have come before the first one ends.
-                while len(engine._runtime._calls) < 4 * 10:
+                while len(commits) < 4 * 10:
                     await turns()
                 gate.open()
         for other in others:

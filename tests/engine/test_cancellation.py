@@ -103,8 +103,14 @@ async def test_cancelled_at_every_await_of_the_engine_nothing_breaks(
     side = EngineSide(monkeypatch)
     for at in itertools.count(1):
         async with engine_with_tags(root / str(at)) as engine:
-            with side.cancelling_at(at), contextlib.suppress(asyncio.CancelledError):
-                await operate(engine)
+            with held_loop(engine._runtime):
+                # The operation begins before anything of this has been staged.
+                await engine.save(OLD, "late.pt", tag="new")
+                with side.cancelling_at(at):
+                    operation = asyncio.ensure_future(operate(engine))
+                    await turns(1)
+            with contextlib.suppress(asyncio.CancelledError):
+                await operation
             await assert_whole(engine, root / str(at))
         await assert_nothing_is_left(root / str(at))
         if side.num_suspensions < at:

@@ -20,6 +20,7 @@ from device_scenarios import (
     numbers,
     until,
 )
+from gates import turns
 
 
 @pytest.fixture
@@ -83,16 +84,19 @@ async def test_a_caller_waits_itself_where_its_stream_cannot(devices, root):
     async with CheckpointEngine(root, RING_32_MIB) as engine:
         await engine.create("a")
         devices.hold()
-        weight = devices.tensor(numbers(2))
-        handle = await engine.save({"weight": weight}, "model.pt")
-        await begun(handle)
-        devices.fail("follow")
-        waiting = asyncio.create_task(engine.staged())
-        for _ in range(100):
-            await asyncio.sleep(0)
-        assert not waiting.done()
-        assert not devices.copied
-        devices.release()
+        try:
+            weight = devices.tensor(numbers(2))
+            handle = await engine.save({"weight": weight}, "model.pt")
+            await begun(handle)
+            devices.fail("follow")
+            waiting = asyncio.create_task(engine.staged())
+            await turns(1)
+            # Asked for later: by its answer the stream has refused to wait.
+            await engine.latest()
+            assert not waiting.done()
+            assert not devices.copied
+        finally:
+            devices.release()
         await waiting
         devices.launch(weight, lambda data: data.zero_())
         await engine.commit("a")
@@ -161,6 +165,8 @@ async def test_preflight_pins_what_the_first_save_needs(devices, root):
         assert not devices.pinned
         state = {"here": devices.tensor(numbers(100))}
         await engine.preflight(state)
+        # And one segment more, which is not waited for.
+        await until(lambda: len(devices.pinned) == 3)
         pinned = dict(devices.pinned)
         assert sum(pinned.values()) >= 100 * MIB
         await engine.create("a")
@@ -175,6 +181,8 @@ async def test_the_last_segment_is_pinned_to_its_end_and_no_further(devices, roo
         await engine.create("a")
         await engine.save({"here": devices.tensor(numbers(3))}, "model.pt")
         await engine.commit("a")
+        # The second is not waited for: nothing is copied into it.
+        await until(lambda: len(devices.pinned) == 2)
         # Of chunks of 10 MiB: none of them is in two segments.
         assert sorted(devices.pinned.values()) == [20 * MIB, 60 * MIB]
 

@@ -12,7 +12,17 @@ from aiockpt.machinery import Machinery
 from aiockpt.staging import host
 from aiockpt.testing.faults import Delay, Fault, inject
 from equality import assert_same_state
-from gates import LIMIT_S, RING_8_MIB, either, happened, held, in_thread, noted_waits
+from gates import (
+    LIMIT_S,
+    RING_8_MIB,
+    either,
+    happened,
+    held,
+    in_thread,
+    noted_waits,
+    num_held,
+    turns,
+)
 from optimizers import NAMES, training
 
 every_optimizer = pytest.mark.parametrize("name", NAMES)
@@ -99,15 +109,17 @@ async def test_a_step_waits_for_every_engine_of_the_process(tmp_path, monkeypatc
 
 async def test_the_time_that_a_step_was_held_is_reported_as_stall(root, monkeypatch):
     trained = training("SGD-loop")
-    waits = noted_waits(monkeypatch)
     async with CheckpointEngine(root) as engine:
+        guard_gate = engine._runtime._machinery.gate
         await engine.create("a")
         with held(monkeypatch, host, "_fill") as gate:
             handle = await engine.save(trained.state(), "model.pt")
             before_s = handle._save.stall_s
             stepping = in_thread(trained.optimizer.step)
             await gate.reached()
-            await happened(waits)
+            # Later it would find that nothing is being staged any more.
+            while not (stepping.done() or num_held(guard_gate)):
+                await turns(1)
         await happened(stepping)
         report = await engine.commit("a")
     assert before_s < handle._save.stall_s == report.stall_s

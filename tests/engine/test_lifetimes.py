@@ -66,7 +66,24 @@ def test_an_engine_for_which_there_is_no_thread_leaves_nothing(root, no_more_thr
     assert guard._hook.gates == gates
 
 
+class ToldOfWaiting:
+    """A lock that tells whether somebody has had to wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.has_held = False
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.has_held = True
+            self._lock.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 async def test_a_commit_does_not_wait_for_a_save_that_was_refused(root, monkeypatch):
+    adding = ToldOfWaiting()
     committing: list[Call[Any]] = []
     spawn = Machinery.spawn
 
@@ -77,13 +94,14 @@ async def test_a_commit_does_not_wait_for_a_save_that_was_refused(root, monkeypa
         attempt = attempt_of(engine._runtime, "a")
         committing.append(engine._runtime.spawn(engine._runtime.commit("a")))
         # It looks at the files of the tag as soon as it may.
-        while not (attempt._is_sealed or attempt._adding.locked()):
+        while not (attempt._is_sealed or adding.has_held):
             pass
         raise EngineStateError("refused")
 
     async with CheckpointEngine(root) as engine:
         await engine.create("a")
         await engine.save(state(), "first.pt")
+        monkeypatch.setattr(attempt_of(engine._runtime, "a"), "_adding", adding)
         monkeypatch.setattr(Machinery, "spawn", commit_and_refuse)
         with pytest.raises(EngineStateError, match="refused"):
             await engine.save(state(), "second.pt")

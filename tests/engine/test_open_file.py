@@ -18,7 +18,7 @@ from aiockpt import sync
 from aiockpt.loading import selecting
 from aiockpt.outline import Leaf, leaves
 from equality import assert_same_state
-from gates import happened
+from gates import LIMIT_S, happened
 
 STATE = {
     "model": {"w": torch.arange(12_000.0).view(300, 40), "b": torch.ones(7)},
@@ -307,7 +307,7 @@ async def test_all_files_come_from_one_commit_of_a_tag(engine, monkeypatch):
         if path == "step-3/optimizer.pt" and is_first:
             is_first = False
             gate.set_result(None)
-            done.result(30)
+            done.result(LIMIT_S)
         return opened(storage, path)
 
     gate, done = Future(), Future()
@@ -370,4 +370,6 @@ with sync.open(sys.argv[1]) as file:
 
 
 def test_an_open_file_is_of_no_use_in_a_forked_child(path):
-    subprocess.run([sys.executable, "-c", FORKED, str(path)], check=True, timeout=50)
+    subprocess.run(
+        [sys.executable, "-c", FORKED, str(path)], check=True, timeout=LIMIT_S
+    )

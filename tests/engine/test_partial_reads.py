@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from aiockpt import sync
+from gates import LIMIT_S
 
 MIB = 1 << 20
 NUM_TENSORS = 300
@@ -58,7 +59,7 @@ def test_the_kernel_sees_a_partial_load_read_one_tensor(path, tmp_path):
     assert shutil.which("strace"), "strace is missing: apt-get install strace"
     output = tmp_path / "strace"
     program = [sys.executable, "-c", PROGRAM, str(path)]
-    subprocess.run([*STRACE, str(output), *program], check=True, timeout=50)
+    subprocess.run([*STRACE, str(output), *program], check=True, timeout=LIMIT_S)
     lines = output.read_text().splitlines()
     counts = [
         int(found[1]) for line in lines if (found := re.search(r"= (\d+)$", line))

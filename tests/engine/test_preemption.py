@@ -67,7 +67,8 @@ async def test_a_signal_ends_the_waiting_under_a_running_loop(root, before):
         engine.preempt_on(signal.SIGUSR1)
         async with asyncio.TaskGroup() as group:
             waiters = [group.create_task(engine.preempted()) for _ in range(2)]
-            # Until it has been asked for on the engine's loop.
+            # Until it has been asked for on the engine's loop: by this task as well.
+            await turns(1)
             await engine.latest()
             assert not engine.is_preempted
             assert not any(waiter.done() for waiter in waiters)

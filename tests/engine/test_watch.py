@@ -83,7 +83,9 @@ async def first(watch: AsyncIterator[TagInfo], count: int) -> list[str]:
 
 async def listening(engine: CheckpointEngine) -> None:
     """Returns when somebody waits for the kernel's notices."""
-    while not engine._runtime.watcher._notices._is_listening:
+    notices = engine._runtime.watcher._notices
+    # It goes on listening when nobody waits any more.
+    while not (notices._is_listening and notices._changed._waiters):
         await turns(1)
 
 
@@ -567,8 +569,9 @@ def test_an_exit_without_close_ends_a_watch_of_another_thread(root):
 import sys, threading, aiockpt.sync
 engine = aiockpt.sync.CheckpointEngine(sys.argv[1])
 watch = engine.watch()
-threading.Thread(target=lambda: print(list(watch), flush=True), daemon=True).start()
-while not engine._runtime.watcher._notices._interval_s:
+# It prints nothing: it may be the last thing that runs, and would hold the lock.
+threading.Thread(target=list, args=(watch,), daemon=True).start()
+while not engine._runtime.watcher._notices._changed._waiters:
     pass
 """
     root.mkdir()

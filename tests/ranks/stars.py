@@ -12,6 +12,7 @@ from aiockpt.ranks.link import HubConnection, LocalLink, dial
 from aiockpt.ranks.member import Door, Link, Member
 from aiockpt.ranks.messages import Hello
 from aiockpt.ranks.server import HubServer
+from gates import LIMIT_S
 
 TOKEN = "the job's"  # noqa: S105
 
@@ -68,7 +69,7 @@ class Star:
 
 
 @contextlib.asynccontextmanager
-async def star(world_size: int, timeout_s: float = 30) -> AsyncIterator[Star]:
+async def star(world_size: int, timeout_s: float = LIMIT_S) -> AsyncIterator[Star]:
     """A job whose members have not connected; all are closed in the end."""
     server = HubServer(Hub(world_size, timeout_s), world_size, TOKEN)
     await server.start()
@@ -105,7 +106,7 @@ async def consult_all(
 
 async def settled(is_so: Callable[[], bool]) -> None:
     """Returns once it is so: what the loop has to do for it is a few turns."""
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(LIMIT_S):
         while not is_so():  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(0)
 

@@ -38,7 +38,7 @@ from aiockpt.storage.local import LocalStorage
 from aiockpt.tag_loader import TagLoader
 from aiockpt.testing.roots import assert_root_consistent
 from aiockpt.threads import WorkerPool, run_blocking
-from gates import LIMIT_S, cancelled_at, failing, held, turns
+from gates import LIMIT_S, cancelled_at, failing, held
 from ranks.stars import outcomes, settled, star
 
 PLAIN = TagOptions()
@@ -348,8 +348,7 @@ async def test_nothing_of_a_failed_opening_is_remembered(
             error = StorageError(errno.EROFS, "read-only", "x")
             patch.setattr(ranks[1].catalog, "join", failing(error))
             await ranks.opened()
-        await turns(50)
-        assert hub.num_open == 0
+        await settled(lambda: hub.num_open == 0)
 
 
 @pytest.mark.parametrize("name", ["join", "place"])
@@ -581,7 +580,8 @@ async def test_an_abort_of_rank_0_takes_no_files_while_it_publishes(
             expire(ranks)
             await other
             aborting = asyncio.create_task(attempts[0].abort())
-            await turns(20)
+            # Until it waits for the commit: nothing else comes before that.
+            await settled(lambda: attempts[0]._ending._waiters or aborting.done())
             directory = tmp_path / "runs" / attempts[0]._directory
             assert (directory / "dir/0.pt").exists()
         await late
@@ -607,9 +607,8 @@ async def test_no_rank_of_a_node_takes_the_old_tag_from_its_publisher(
             committing = asyncio.create_task(ranks.commit(attempts))
             await publisher.blocking(gate.wait_reached)
             # The others are done with it, and the old tag lies where the new one was.
-            by = ranks.index(publisher)
-            await settled(lambda: attempts[3 - by].failure is not None)
-            await turns(50)
+            other = attempts[3 - ranks.index(publisher)]
+            await settled(lambda: other.failure and not other._ending.locked())
             gate.open()
             failures = await committing
         assert no_others(failures).rank == 0

@@ -18,6 +18,7 @@ import torch
 from aiockpt.staging import cuda_driver
 from aiockpt.staging.cuda_driver import CudaDriver
 from aiockpt.staging.driver import DeviceCopy, DeviceError
+from gates import LIMIT_S
 
 driver_api = pytest.importorskip("cuda.bindings.driver")
 
@@ -310,7 +311,7 @@ def test_without_the_bindings_all_that_is_on_the_host_is_saved_and_loaded(tmp_pa
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=60
+        command, check=True, capture_output=True, text=True, timeout=LIMIT_S
     )
     assert "cuda-python cannot be used here" in done.stdout
 

@@ -11,7 +11,7 @@ import torch
 
 from aiockpt import guard
 from aiockpt.guard import StagingGate
-from gates import LIMIT_S, in_thread
+from gates import LIMIT_S, in_thread, num_held
 
 
 class Save:
@@ -53,11 +53,6 @@ def entered(gate: StagingGate, num_saves: int = 1) -> list[Save]:
     for save in saves:
         gate.enter(save)
     return saves
-
-
-def num_held(gate: StagingGate) -> int:
-    with gate._changed:
-        return len(gate._changed._waiters)
 
 
 def held_at(

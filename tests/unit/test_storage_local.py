@@ -24,7 +24,7 @@ from aiockpt.errors import (
 from aiockpt.storage import local, local_read, local_write
 from aiockpt.storage.local import LocalStorage
 from aiockpt.threads import WorkerPool
-from gates import Gate
+from gates import LIMIT_S, Gate
 from tracing import Fault, Moment, fail_on, tapped
 
 PAGE = 4096
@@ -169,7 +169,7 @@ async def test_direct_writes_refused_to_several_workers_at_once(storage, place):
     def refuse(moment: Moment) -> None:
         if not hasattr(first, "is_over"):
             first.is_over = True
-            together.wait(30)
+            together.wait(LIMIT_S)
             raise OSError(errno.EINVAL, "no O_DIRECT here")
 
     memory, expected = pages(3 * CHUNK)
@@ -666,7 +666,7 @@ def test_whoever_waits_for_a_lock_gets_it_next(storage, workers):
         gate.wait_reached()
         gate.open()
         lock.release()
-        waiting.result(30).release()
+        waiting.result(LIMIT_S).release()
 
 
 def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_again(storage, place):

@@ -70,8 +70,9 @@ def test_a_thread_is_free_for_others_after_a_job_that_was_withdrawn():
         job.gate.open()
     futures.wait(running, LIMIT_S)
     pool.submit(int).result(LIMIT_S)
-    assert pool._num_unfinished == 0
+    # The other thread may still be at what was withdrawn.
     pool.shutdown()
+    assert pool._num_unfinished == 0
 
 
 @pytest.mark.parametrize("max_threads", [1, 2, 8])
