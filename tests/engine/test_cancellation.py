@@ -101,6 +101,7 @@ async def test_cancelled_at_every_await_of_the_engine_nothing_breaks(
     operate, root, monkeypatch
 ):
     side = EngineSide(monkeypatch)
+    num_missed = 0
     for at in itertools.count(1):
         async with engine_with_tags(root / str(at)) as engine:
             with held_loop(engine._runtime):
@@ -113,9 +114,11 @@ async def test_cancelled_at_every_await_of_the_engine_nothing_breaks(
                 await operation
             await assert_whole(engine, root / str(at))
         await assert_nothing_is_left(root / str(at))
-        if side.num_suspensions < at:
+        num_missed = num_missed + 1 if side.num_suspensions < at else 0
+        # In a single run there may have been less to wait for than in others.
+        if num_missed == 2:
             break
-    assert at > 1
+    assert at > 2
 
 
 async def test_closing_is_finished_first_wherever_the_caller_is_cancelled(root):

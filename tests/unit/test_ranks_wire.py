@@ -48,6 +48,22 @@ async def said_to(port: int, *data: bytes) -> bytes:
         writer.close()
 
 
+@pytest.fixture
+def shared_ports(monkeypatch) -> None:
+    """Hubs listen on ports that `kept` can take as well."""
+    create = partial(socket.create_server, reuse_port=True)
+    monkeypatch.setattr(socket, "create_server", create)
+
+
+@contextlib.contextmanager
+def kept(port: int) -> Iterator[None]:
+    """Nobody else gets the port when who listens there has ended."""
+    with socket.socket() as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        keeper.bind(("127.0.0.1", port))
+        yield
+
+
 def test_a_frame_is_its_length_and_the_message():
     frame = framed(Withdrawal(7))
     assert int.from_bytes(frame[:4]) == len(frame) - 4
@@ -163,14 +179,15 @@ async def test_what_is_not_the_hub_is_refused(said):
         await reader.read()
         writer.close()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    server = await asyncio.start_server(answer, "127.0.0.1", 0, reuse_port=True)
     port = server.sockets[0].getsockname()[1]
     with pytest.raises(ConnectionRefusedError, match="not the hub"):
         await dial("127.0.0.1", port, lambda: HubConnection(HELLO, None))
-    server.close()
-    await server.wait_closed()
-    with pytest.raises(ConnectionRefusedError, match="Connect"):
-        await dial("127.0.0.1", port, lambda: HubConnection(HELLO, None))
+    with kept(port):
+        server.close()
+        await server.wait_closed()
+        with pytest.raises(ConnectionRefusedError, match="Connect"):
+            await dial("127.0.0.1", port, lambda: HubConnection(HELLO, None))
 
 
 async def test_members_come_over_ipv6_as_well():
@@ -196,10 +213,11 @@ async def test_a_silent_machine_is_noticed_and_small_frames_are_not_held_back():
             assert not os.get_inheritable(sock.fileno())
 
 
+@pytest.mark.usefixtures("shared_ports")
 async def test_a_forked_child_keeps_no_rank_alive():
     async with star(2) as job:
         await job.all_connected()
-        with forked():
+        with forked(), kept(job.server.port):
             job.kill(1)
             with pytest.raises(PeerError, match="rank 1 was lost"):
                 await job.members[0].consult("t", b"", never)
@@ -299,15 +317,17 @@ async def test_a_limit_that_is_too_low_is_told(monkeypatch, caplog):
     assert "1112 are needed" in caplog.text
 
 
+@pytest.mark.usefixtures("shared_ports")
 async def test_a_hub_cancelled_while_it_starts_listens_to_nobody():
     server = HubServer(Hub(3, 30), 3, TOKEN)
     start = asyncio.ensure_future(server.start())
     await settled(lambda: server.port)
-    assert start.cancel()
-    await asyncio.wait([start])
-    assert start.cancelled()
-    with pytest.raises(ConnectionRefusedError):
-        await asyncio.open_connection("127.0.0.1", server.port)
+    with kept(server.port):
+        assert start.cancel()
+        await asyncio.wait([start])
+        assert start.cancelled()
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", server.port)
 
 
 async def test_a_hub_closes_though_a_member_does_not(monkeypatch):
