@@ -118,10 +118,10 @@ class CheckpointEngine:
         for tag in reversed(self._tags):
             root = tag.root_of(path)
             if root is not None:
-                self._runtime(tag, root).save(
-                    state_dict, path, tag=tag.tag, metadata=None
-                )
+                runtime = self._runtime(tag, root)
+                # Also of a file that is refused: its commit, not an abort, ends the tag.
                 tag.used.add(root)
+                runtime.save(state_dict, path, tag=tag.tag, metadata=None)
                 return
         single = self._roots.singles.save(state_dict, path)
         if self._tags:

@@ -17,7 +17,7 @@ import msgspec
 import torch
 from typing_extensions import override
 
-from aiockpt.errors import CheckpointError, PeerError
+from aiockpt.errors import CheckpointError, EngineStateError, PeerError
 from aiockpt.integrations.deepspeed.facade import CheckpointEngine, CommitInfo
 from aiockpt.integrations.deepspeed.open_tags import OpenTag, refuse
 from aiockpt.integrations.forward_state import with_copies
@@ -163,6 +163,10 @@ class LazyCheckpointEngine(CheckpointEngine):
         elif handing_over.tag is not None:
             try:
                 super().save(with_copies(state_dict, handing_over.buffers), path)
+            except EngineStateError as error:
+                # Refused for what failed before, it is not what failed.
+                if not isinstance(error.__cause__, CheckpointError):
+                    handing_over.fail(error)
             except Exception as error:  # noqa: BLE001 - told by the commit
                 handing_over.fail(error)
 

@@ -30,7 +30,7 @@ class OpenTag:
             paths of the files say it, which may name several.
         options: How it is to be published.
         runtimes: Where it is open, by root.
-        used: The roots in which this rank has saved a file of it.
+        used: The roots in which this rank has saved a file of it, or tried to.
         singles: Files outside the tag, which `commit` publishes each on its own.
         failure: Why it cannot be committed, where that is known already.
         is_told: Whether the other ranks know of the failure: none of them will meet

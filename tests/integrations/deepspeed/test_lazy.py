@@ -241,6 +241,22 @@ def test_handing_over_that_is_broken_off_drops_the_tag(engine, root):
     assert latest(root) == "one"
 
 
+def test_a_file_that_is_refused_for_a_failure_does_not_hide_it(
+    engine, root, monkeypatch
+):
+    failure = StorageError(5, "the disk is broken", "f")
+    monkeypatch.setattr(local_write.LocalWriteFile, "_write", failing(failure))
+    with engine.handing_over([]):
+        engine.create(CommitInfo("one", str(root), save_latest=True))
+        engine.save({"a": torch.zeros(50_000)}, f"{root}/one/a.pt")
+        attempt = engine._tags[-1].runtimes[str(root)].open_tags.get("one")
+        while attempt.failure is None:
+            pass
+        engine.save({"b": torch.zeros(50_000)}, f"{root}/one/b.pt")
+    with pytest.raises(StorageError, match="the disk is broken"):
+        engine.drain()
+
+
 def test_a_plain_commit_comes_after_those_that_were_handed_over(
     engine, root, monkeypatch
 ):
