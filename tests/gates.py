@@ -165,17 +165,20 @@ class EngineSide:
     """Cancels what the engine runs for a caller, at one suspension on its own loop.
 
     Attributes:
-        num_suspensions: How often the call suspended there.
+        num_suspensions: How often the call suspended there, once it has ended.
+        ended: Done when the last call has.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.num_suspensions = 0
+        self.ended: Future[None] = Future()
         self._patch = patch
 
     @contextlib.contextmanager
     def cancelling_at(self, at: int) -> Iterator[None]:
         """The next call is cancelled at its suspension number `at`."""
         original = Machinery.spawn
+        ended = self.ended = Future()
 
         def spawn(machinery: Machinery, work: Coroutine[Any, Any, Any]) -> Call[Any]:
             self._patch.setattr(Machinery, "spawn", original)
@@ -186,6 +189,7 @@ class EngineSide:
                     return await driven
                 finally:
                     self.num_suspensions = driven.num_suspensions
+                    ended.set_result(None)
 
             # Before the loop can come to the suspension.
             call = Call(main())

@@ -261,7 +261,8 @@ async def test_a_commit_does_not_wait_for_old_tags_to_go(root):
     gate = Gate()
 
     def hold(moment: Moment) -> None:
-        if moment.name in {"unlink", "rmdir"}:
+        # Not what else is removed: the clerks do more than this.
+        if moment.name == "unlink" and moment.path.endswith("/model.pt"):
             gate.pass_through()
 
     async with aiockpt.CheckpointEngine(root, keeping(KeepLast(1))) as engine:

@@ -298,6 +298,7 @@ async def test_interrupted_at_any_await_of_the_engine_nothing_breaks(
                 # Its task is the engine's own: it fails the tag, and is told of.
                 with contextlib.suppress(CheckpointError):
                     await engine.abort("new")
+            await happened(side.ended)
             if side.num_suspensions < at:
                 break
             with cases.case(8, "on the engine's loop", f"{name}, await {at}"):

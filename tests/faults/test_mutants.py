@@ -79,10 +79,13 @@ def commit_during_writes(template: Path) -> None:
     with Engine(root, SMALL) as engine:
         engine.create("new")
         with inject(Fault("pwrite", Delay(disk.wait), num_times=math.inf)):
-            engine.save(state(3), "model.pt")
+            handle = engine.save(state(3), "model.pt")
+            attempt = engine._runtime.open_tags.get("new")
             committing = in_thread(lambda: engine.commit("new"))
+            while not (attempt._is_sealed and handle.progress.planned_bytes):
+                pass
             for _ in range(50):
-                engine.latest()  # turns of the engine's loop, and of its planner
+                engine.latest()  # turns of the engine's loop, and of its clerks
             is_early = (root / "new").exists()
             disk.set()
             committing.exception(LIMIT_S)

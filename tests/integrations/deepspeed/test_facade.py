@@ -22,7 +22,8 @@ from aiockpt.errors import (
 )
 from aiockpt.integrations.deepspeed import CheckpointEngine
 from aiockpt.integrations.deepspeed.facade import CheckpointEngine as Facade
-from gates import RING_8_MIB, failing, run_script
+from aiockpt.staging import host
+from gates import LIMIT_S, RING_8_MIB, failing, held, in_thread, num_held, run_script
 
 STATE = {"weight": torch.arange(50_000.0), "step": 7}
 
@@ -382,8 +383,14 @@ def test_an_update_waits_for_what_is_being_staged(engine, root, monkeypatch):
     optimizer = torch.optim.SGD([weight], lr=1.0)
     weight.grad = torch.ones_like(weight)
     engine.create("one")
-    engine.save({"weight": weight}, f"{root}/one/model.pt")
-    optimizer.step()
+    guard_gate = engine._roots.machinery.gate
+    with held(monkeypatch, host, "_fill") as gate:
+        engine.save({"weight": weight}, f"{root}/one/model.pt")
+        gate.wait_reached()
+        stepping = in_thread(optimizer.step)
+        while not (stepping.done() or num_held(guard_gate)):
+            pass
+    stepping.result(LIMIT_S)
     engine.commit("one")
     assert torch.equal(
         engine.load(f"{root}/one/model.pt")["weight"].detach(), torch.ones(50_000)

@@ -1,6 +1,6 @@
 """Commits that nobody waits for, as a `DeepSpeedEngine` has them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from aiockpt.errors import CheckpointError, InvalidArgumentError, StorageError
 from aiockpt.integrations.deepspeed.lazy import LazyCheckpointEngine
 from aiockpt.staging import host
 from aiockpt.storage import local_write
-from gates import RING_8_MIB, causes, failing, held, in_thread, run_script
+from gates import RING_8_MIB, causes, failing, held, in_thread, num_held, run_script
 
 NO_SPACE = StorageError(28, "no space left", "model.pt")
 
@@ -77,6 +77,8 @@ def test_tensors_may_change_once_they_are_staged(engine, root, monkeypatch):
         hand_over(engine, root, "one", {"weight": weight})
         gate.wait_reached()
         waiting = in_thread(engine.wait_staged)
+        while not (waiting.done() or num_held(engine._roots.machinery.gate)):
+            pass
         assert not waiting.done()
     waiting.result()
     weight.add_(1)
@@ -260,11 +262,21 @@ def test_a_file_that_is_refused_for_a_failure_does_not_hide_it(
 def test_a_plain_commit_comes_after_those_that_were_handed_over(
     engine, root, monkeypatch
 ):
+    waits: list[Sequence[int]] = []
+    wait = LazyCheckpointEngine._wait
+
+    def noted(self: LazyCheckpointEngine, numbers: Iterable[int]) -> None:
+        waits.append(list(numbers))
+        wait(self, numbers)
+
+    monkeypatch.setattr(LazyCheckpointEngine, "_wait", noted)
     with held(monkeypatch, Catalog, "publish") as gate:
         hand_over(engine, root, "one", {"number": 1})
         gate.wait_reached()
         info = CommitInfo("one", str(root), save_latest=False)
         created = in_thread(lambda: engine.create(info))
+        while not (created.done() or [0] in waits):
+            pass
         assert not created.done()
     created.result()
     engine.save({"weights": 1}, f"{root}/weights.bin")
