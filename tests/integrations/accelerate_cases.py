@@ -159,7 +159,7 @@ def held(out: str) -> Any:
     with hold.publishing():
         training.accelerator.save_state(f"{out}/first")
         training.steps(2)
-        assert hold.is_reached.wait(30)
+        hold.wait_reached()
         before = names(out)
         hold.let_go()
         training.accelerator.drain_checkpoints()

@@ -98,6 +98,10 @@ class Hold:
         assert self._may_go.wait(LIMIT_S)
         return moment.make()
 
+    def wait_reached(self) -> None:
+        """Returns when somebody is about to make the call."""
+        assert self.is_reached.wait(LIMIT_S), "nobody makes the call"
+
     def let_go(self) -> None:
         self._may_go.set()
 

@@ -140,7 +140,7 @@ def held(out: str) -> Any:
             super()._save_rng_state(output_dir)
 
     def look() -> None:
-        assert hold.is_reached.wait(30)
+        hold.wait_reached()
         seen.extend(names(out))
         hold.let_go()
 
@@ -246,7 +246,7 @@ def killed(out: str) -> Any:
     hold = Hold()
 
     def die() -> None:
-        assert hold.is_reached.wait(30)
+        hold.wait_reached()
         os.kill(os.getpid(), signal.SIGKILL)
 
     with hold.publishing(2):
