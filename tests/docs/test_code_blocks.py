@@ -39,10 +39,13 @@ def run(page: str, directory: Path) -> list[str]:
     """What each block of the page prints."""
     # Commands are those of this environment, as in a reader's.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables = {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # What a program prints before it is killed is not to be lost in a buffer.
+    variables["PYTHONUNBUFFERED"] = "1"
     ran = subprocess.run(
         [sys.executable, "-W", "error", RUNNER],
         cwd=directory,
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **variables},
         input=json.dumps([vars(block) for block in runnable(page)]),
         capture_output=True,
         text=True,

@@ -24,7 +24,7 @@ from aiockpt.retention import KeepEvery, KeepLast
 from aiockpt.storage.local_write import LocalWriteFile
 from catalogs import leftovers, names_in
 from crashing import Server
-from gates import Gate, held, turns
+from gates import LIMIT_S, Gate, held, turns
 from tracing import Moment, fail_on, tapped
 from workloads import SMALL, Engine, assert_whole, content, save, seeds, state
 
@@ -126,7 +126,7 @@ def test_whoever_reads_at_any_call_of_an_overwrite_sees_the_old_or_the_new(root)
     def read(moment: Moment) -> None:
         # Not from inside the reader's own calls.
         if threading.current_thread() not in readers:
-            seen.append(pool.submit(load).result(30))
+            seen.append(pool.submit(load).result(LIMIT_S))
 
     def load() -> int:
         loaded = observer.load("sub/opt.pt", tag="one")

@@ -18,8 +18,9 @@ from aiockpt.ranks.member import Member
 from faults.pairs import PairDoor
 from ranks.acts import MOMENTS, RING, attempt
 
-# Ranks are given up after that, or after twice that where it is rank 0.
-TIMEOUT_S = 3.0
+# Ranks are given up after that, or after twice that where it is rank 0. Tests wait for
+# it; all must have come to create the tag by then.
+TIMEOUT_S = 5.0
 
 
 def be_stopped(rank: int, world_size: int, root: str, at: int) -> dict[str, Any]:
@@ -31,12 +32,15 @@ def be_stopped(rank: int, world_size: int, root: str, at: int) -> dict[str, Any]
     engine.create("a")
     engine.save({"rank": rank}, f"rank{rank}.pt")
     if rank == at:
-        (marks / "pid").write_text(str(os.getpid()))
+        (marks / "stopped").symlink_to(f"/proc/{os.getpid()}")
         os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        # Whoever gives it up before it stops would wake it before, too.
+        _await_stopped(marks / "stopped")
     told = attempt(lambda: repr(engine.commit("a")))
     (marks / f"{rank}").touch()
     if rank != at and _num_told(marks) == world_size - 1:
-        os.kill(int((marks / "pid").read_text()), signal.SIGCONT)
+        os.kill(int((marks / "stopped").readlink().name), signal.SIGCONT)
     # To be gone is another matter than to be late.
     while _num_told(marks) < world_size:
         time.sleep(0.01)  # not for an order: there is nothing else to do
@@ -45,8 +49,14 @@ def be_stopped(rank: int, world_size: int, root: str, at: int) -> dict[str, Any]
     return {"told": told, "latest": latest}
 
 
+def _await_stopped(process: Path) -> None:
+    """Returns when the process, a directory of `/proc`, stands still."""
+    while not process.is_symlink() or ") T " not in (process / "stat").read_text():
+        time.sleep(0.01)  # nobody tells that it stands still
+
+
 def _num_told(marks: Path) -> int:
-    return sum(path.name != "pid" for path in marks.iterdir())
+    return sum(path.name != "stopped" for path in marks.iterdir())
 
 
 # --- a network that fails ---------------------------------------------------------
@@ -70,6 +80,10 @@ CUTS: dict[str, list[list[str]]] = {
     ],
 }
 CUTS["everything is dropped for a second"] = CUTS["everything is dropped"]
+# These end, or let something through: who waits long enough gives nobody up. What was
+# dropped is sent again only after pauses that double.
+LATE_CUTS = {"everything is slow", "everything is dropped for a second"}
+LATE_TIMEOUT_S = 60.0
 CLONE_NEWNET = 0x40000000
 
 
@@ -85,8 +99,9 @@ def be_cut_off(  # noqa: PLR0913, PLR0917 - the request of a test
 ) -> dict[str, Any]:
     """Rank `at` loses the network before or after a call; both tell what they saw."""
     enter(namespaces[rank])
-    door = PairDoor(rank, PortFile(Path(f"{root}.port")), TIMEOUT_S, host)
-    member = Member(rank, world_size, door, timeout_s=TIMEOUT_S)
+    timeout_s = LATE_TIMEOUT_S if cut in LATE_CUTS else TIMEOUT_S
+    door = PairDoor(rank, PortFile(Path(f"{root}.port")), timeout_s, host)
+    member = Member(rank, world_size, door, timeout_s=timeout_s)
     with patch("aiockpt.runtime.detect", lambda *_: member):
         engine = aiockpt.sync.CheckpointEngine(root, RING)
     engine.create("a")

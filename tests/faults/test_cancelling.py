@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -163,8 +164,14 @@ OF_THE_ENGINE = (
 
 @pytest.fixture
 def places(memory: Path) -> Callable[[int], Path]:
-    """A fresh root for each case."""
-    return lambda at: memory / str(at)
+    """A fresh root for each case; that of the case before goes: together they are GBs."""
+
+    def place(at: int) -> Path:
+        for before in memory.iterdir():
+            shutil.rmtree(before)
+        return memory / str(at)
+
+    return place
 
 
 @contextlib.asynccontextmanager

@@ -26,7 +26,7 @@ from faults.driver import (
     published_seeds,
 )
 from faults.places import MIB, cgroup, has_cgroups
-from gates import RING_8_MIB, happened, in_thread
+from gates import LIMIT_S, RING_8_MIB, happened, in_thread
 from workloads import SMALL, Engine, content, state
 
 # --- row 11: no memory ------------------------------------------------------------
@@ -159,7 +159,7 @@ async def test_a_hung_call_holds_up_no_loop_no_training_and_no_other_reader(
 
     def hang() -> None:
         is_hung.set()
-        assert disk.wait(30)
+        assert disk.wait(LIMIT_S)
 
     path = SLOW[call] if call != "create" else "model.pt"
     async with CheckpointEngine(root, RING_8_MIB) as engine:

@@ -157,7 +157,7 @@ def failure_of_a_rank(template: Path) -> None:
     other is writing: that one then has nothing to publish, be it right or wrong.
     """
     root = link_root(template)
-    with pair(root, timeout_s=5.0) as ranks, told_files(0) as has_told:
+    with pair(root, timeout_s=10.0) as ranks, told_files(0) as has_told:
 
         def fail_late(moment: Moment) -> object:
             assert has_told.wait(LIMIT_S), "rank 0 has told nothing"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from aiockpt.testing.roots import assert_root_consistent
-from faults.acts import CUTS
+from faults.acts import CUTS, LATE_CUTS
 from faults.matrix import Cases
 from faults.places import run_command
 from jobs import Jobs
@@ -97,7 +97,7 @@ def check(root: Path, results: list[Any], cut: str, moment: str) -> None:
     tags = assert_root_consistent(root, acked=["before"])
     # Whatever the others can be told: the tag is there if rank 0 says so.
     assert ("a" in tags) == isinstance(told[0], str), told
-    if cut in {"everything is slow", "everything is dropped for a second"}:
+    if cut in LATE_CUTS:
         # Late, and within the time that ranks wait.
         assert not failed, told
     elif "rank 1" in moment:

@@ -22,7 +22,7 @@ from faults.places import (
     new_image,
     run_command,
 )
-from gates import RING_8_MIB, happened, in_thread, turns
+from gates import LIMIT_S, RING_8_MIB, happened, in_thread, turns
 from workloads import SMALL, Engine, content, save, state
 
 WORLD_SIZE = 3
@@ -58,7 +58,7 @@ async def test_a_frozen_disk_holds_up_no_loop_and_no_training(cases, disk, call)
                 await engine.create("new")
                 await engine.save(state(3), "model.pt")
                 committing = asyncio.ensure_future(engine.commit("new"))
-                await happened(in_thread(lambda: is_frozen.wait(30)))
+                await happened(in_thread(lambda: is_frozen.wait(LIMIT_S)))
                 try:
                     await check_alive(engine, committing)
                 finally:
@@ -88,7 +88,9 @@ async def test_a_slow_disk_holds_up_no_loop_and_no_training(cases, disk):
     root = disk / "root"
     number = os.stat(disk).st_dev
     device = f"{os.major(number)}:{os.minor(number)}"
-    slow = {"blkio.throttle.write_bps_device": f"{device} {5 * MIB}"}
+    limit = "blkio.throttle.write_bps_device"
+    # Only when it has been looked at does the disk become as fast as it is to be.
+    slow = {limit: f"{device} {MIB}"}
     async with CheckpointEngine(root, RING_8_MIB) as engine:
         await engine.create("old")
         await engine.save(state(2), "model.pt")
@@ -104,6 +106,7 @@ async def test_a_slow_disk_holds_up_no_loop_and_no_training(cases, disk):
                     # What fits the ring is staged, long before it is written.
                     await engine.staged("new")
                     await check_alive(engine, committing)
+                    (group / limit).write_text(f"{device} {5 * MIB}")
                     await committing
                     for index in range(4):
                         loaded = await engine.load(f"{index}.pt", tag="new")

@@ -35,6 +35,7 @@ from aiockpt.threads import WorkerPool
 from catalogs import catalog_at, make_tags, publish, storage_at
 from crashing import Server
 from equality import assert_same_state
+from gates import LIMIT_S
 from workloads import SMALL, Engine, save
 
 # --- faults -----------------------------------------------------------------------
@@ -176,13 +177,13 @@ def test_a_delayed_call_is_made_when_the_wait_is_over(tmp_path):
 
     def wait() -> None:
         reached.set()
-        assert go.wait(30)
+        assert go.wait(LIMIT_S)
 
     storage = storage_at(tmp_path)
     with inject(Fault("mkdir", Delay(wait))):
         thread = threading.Thread(target=storage.make_dirs, args=["a"])
         thread.start()
-        assert reached.wait(30)
+        assert reached.wait(LIMIT_S)
         assert not storage.exists("a")
         go.set()
         thread.join()

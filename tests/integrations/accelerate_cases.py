@@ -156,10 +156,10 @@ def held(out: str) -> Any:
         aiockpt_config = Ours.aiockpt_config
 
     training, hold = Training(Watched), Hold()
-    with inject(Fault("rename", hold, path="/1")):
+    with hold.publishing():
         training.accelerator.save_state(f"{out}/first")
         training.steps(2)
-        assert hold.is_reached.wait(30)
+        hold.wait_reached()
         before = names(out)
         hold.let_go()
         training.accelerator.drain_checkpoints()
@@ -191,7 +191,7 @@ def load_pending(out: str) -> Any:
             super().drain_checkpoints()
 
     training = Training(Watched)
-    with inject(Fault("rename", hold, path="/1")):
+    with hold.publishing():
         training.accelerator.save_state(f"{out}/state")
         training.counter.count = 7
         training.accelerator.load_state(f"{out}/state")

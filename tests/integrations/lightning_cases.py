@@ -143,7 +143,7 @@ def held(out: str) -> Any:
     hold, seen = Hold(), []
 
     def look() -> None:
-        assert hold.is_reached.wait(30)
+        hold.wait_reached()
         seen.append([n for n in names(out) if not n.startswith(".")])
         hold.let_go()
 
@@ -184,7 +184,7 @@ def wrong_step(out: str) -> Any:
         raise ZeroDivisionError("in a step")
 
     hold = Hold()
-    threading.Thread(target=lambda: (hold.is_reached.wait(30), hold.let_go())).start()
+    threading.Thread(target=lambda: (hold.wait_reached(), hold.let_go())).start()
     with inject(Fault("rename", hold, path="step=2")):
         try:
             fit(AiockptCheckpointIO(IO), out, At(3, break_it))
@@ -241,7 +241,7 @@ def forward_meanwhile(out: str, kind: str, width: int, *, wait: bool) -> Any:
         io.save_checkpoint({"state_dict": norm.state_dict()}, f"{out}/a.ckpt")
         if wait:
             threading.Thread(
-                target=lambda: (hold.is_reached.wait(30), hold.let_go())
+                target=lambda: (hold.wait_reached(), hold.let_go())
             ).start()
             io.wait_staged()
         norm(torch.randn(4, width))

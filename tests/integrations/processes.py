@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from aiockpt.staging import host
+from aiockpt.testing.faults import Fault, inject
 from aiockpt.testing.system_calls import Moment
 
 TESTS = Path(__file__).parents[1]
@@ -97,8 +98,19 @@ class Hold:
         assert self._may_go.wait(LIMIT_S)
         return moment.make()
 
+    def wait_reached(self) -> None:
+        """Returns when somebody is about to make the call."""
+        assert self.is_reached.wait(LIMIT_S), "nobody makes the call"
+
     def let_go(self) -> None:
         self._may_go.set()
+
+    @contextlib.contextmanager
+    def publishing(self, nth: int = 1) -> Iterator[None]:
+        """Within, the nth tag that would be published is not before `let_go`."""
+        # What is renamed from there is a tag that gets its name, and nothing else.
+        with inject(Fault("rename", self, path="/.aiockpt/work/", nth=nth)):
+            yield
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[None]:

@@ -140,7 +140,7 @@ def held(out: str) -> Any:
             super()._save_rng_state(output_dir)
 
     def look() -> None:
-        assert hold.is_reached.wait(30)
+        hold.wait_reached()
         seen.extend(names(out))
         hold.let_go()
 
@@ -148,7 +148,7 @@ def held(out: str) -> Any:
         At("on_step_end", 3, look),
         At("on_train_end", 4, lambda: at_end.extend(names(out))),
     )
-    with inject(Fault("rename", hold, path="/1")):
+    with hold.publishing():
         train(Watching, out, *callbacks, max_steps=4)
     return {"seen": seen, "at_end": at_end, "scratch": sorted(set(scratch))}
 
@@ -246,10 +246,10 @@ def killed(out: str) -> Any:
     hold = Hold()
 
     def die() -> None:
-        assert hold.is_reached.wait(30)
+        hold.wait_reached()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with inject(Fault("rename", hold, path="/2")):
+    with hold.publishing(2):
         train(Ours, out, At("on_step_end", 5, die))
 
 

@@ -47,25 +47,28 @@ class Job:
 
 @contextlib.contextmanager
 def job(
-    world_size: int, timeout_s: float = 30, *, init: str | None = None
+    world_size: int, timeout_s: float = 30, *, store: Path | None = None
 ) -> Iterator[Job]:
-    """Processes that have told which ranks they found."""
+    """Processes that have told which ranks they found; their store is TCP or a file."""
     with contextlib.ExitStack() as stack:
-        if init is None:
-            with socket.create_server(("127.0.0.1", 0)) as probe:
-                init = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-        processes = []
-        for rank in range(world_size):
-            options = [init, f"{rank}", f"{world_size}", f"{timeout_s}"]
-            process = subprocess.Popen(
-                [sys.executable, str(WORKER), *options],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            stack.enter_context(process)
-            stack.callback(process.kill)
-            processes.append(process)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            # Rank 0 inherits the socket: a port that is only noted would be taken by
+            # somebody else while the processes import torch.
+            port, descriptor = listener.getsockname()[1], listener.fileno()
+            place = f"{port}:{descriptor}" if store is None else f"{store}"
+            processes = []
+            for rank in range(world_size):
+                options = [place, f"{rank}", f"{world_size}", f"{timeout_s}"]
+                process = subprocess.Popen(
+                    [sys.executable, str(WORKER), *options],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    pass_fds=[] if rank else [descriptor],
+                    text=True,
+                )
+                stack.enter_context(process)
+                stack.callback(process.kill)
+                processes.append(process)
         found = Job(processes)
         kind = "SingleRank" if world_size == 1 else "TorchDistRanks"
         assert found.answers() == [kind] * world_size
@@ -79,8 +82,8 @@ def test_a_world_of_one_is_a_single_rank():
 
 @pytest.mark.parametrize("kind", ["tcp", "file"])
 def test_ranks_decide_without_the_process_group(kind, tmp_path):
-    init = f"file://{tmp_path}/store" if kind == "file" else None
-    with job(2, init=init) as found:
+    store = tmp_path / "store" if kind == "file" else None
+    with job(2, store=store) as found:
         before = found.ask("collectives")
         for _ in range(3):
             assert found.ask("consult", "t") == ["0|1"] * 2
@@ -121,10 +124,10 @@ def test_when_rank_0_is_killed_all_others_name_it():
 
 
 def test_a_stopped_rank_is_named_when_the_time_is_over():
-    with job(2, timeout_s=1) as found:
+    with job(2, timeout_s=5) as found:
         assert found.ask("consult", "t") == ["0|1"] * 2
         found.send(signal.SIGSTOP, 1)
-        text = "rank 1 did not come to 't' within 1 s"
+        text = "rank 1 did not come to 't' within 5 s"
         assert found.ask("consult", "t", ranks=[0]) == [["PeerError", text, 1, "late"]]
         found.send(signal.SIGCONT, 1)
         assert found.ask("consult", "t", ranks=[1]) == [["PeerError", text, 1, "late"]]
@@ -132,10 +135,10 @@ def test_a_stopped_rank_is_named_when_the_time_is_over():
 
 
 def test_a_stopped_rank_0_is_given_up_when_the_time_is_over():
-    with job(2, timeout_s=1) as found:
+    with job(2, timeout_s=5) as found:
         assert found.ask("consult", "t") == ["0|1"] * 2
         found.send(signal.SIGSTOP, 0)
-        text = "rank 0 said nothing for 2 s"
+        text = "rank 0 said nothing for 10 s"
         assert found.ask("consult", "t", ranks=[1]) == [["PeerError", text, 0, "lost"]]
         found.send(signal.SIGCONT, 0)
         (raised,) = found.ask("consult", "u", ranks=[0])
@@ -143,7 +146,7 @@ def test_a_stopped_rank_0_is_given_up_when_the_time_is_over():
 
 
 def test_ranks_wait_no_longer_than_agreed_for_a_rank_0_that_never_calls():
-    with job(2, timeout_s=1) as found:
+    with job(2, timeout_s=5) as found:
         (raised,) = found.ask("consult", "t", ranks=[1])
         assert raised[0] == "PeerError"
         assert raised[2:] == [0, "connect"]

@@ -1,6 +1,7 @@
 """One rank of a real job: does what it is told on standard input, a line each.
 
-Started as `worker.py init_method rank world_size timeout_s`.
+Started as `worker.py store rank world_size timeout_s`. The store is the path of a file,
+or `port:descriptor`: the port of rank 0, and its socket that listens there already.
 """
 
 import asyncio
@@ -56,11 +57,16 @@ async def main(timeout_s: float) -> None:
     await ranks.close()
 
 
+def open_store(place: str, rank: int, world_size: int) -> dist.Store:
+    if "/" in place:
+        return dist.FileStore(place, world_size)
+    port, descriptor = map(int, place.split(":"))
+    own = {"master_listen_fd": descriptor} if rank == 0 else {}
+    return dist.TCPStore("127.0.0.1", port, world_size, rank == 0, **own)
+
+
 if __name__ == "__main__":
-    dist.init_process_group(
-        "gloo",
-        init_method=sys.argv[1],
-        rank=int(sys.argv[2]),
-        world_size=int(sys.argv[3]),
-    )
+    rank, world_size = int(sys.argv[2]), int(sys.argv[3])
+    store = open_store(sys.argv[1], rank, world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     asyncio.run(main(float(sys.argv[4])))
