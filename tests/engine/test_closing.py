@@ -1,7 +1,6 @@
 """An engine that is closed finishes what it must, and says what is lost."""
 
 import asyncio
-import threading
 from concurrent.futures import Future
 
 import pytest
@@ -74,16 +73,11 @@ async def test_an_error_of_the_body_is_not_masked(root):
 
 
 async def test_any_number_of_tasks_may_close_the_engine(root):
-    before = set(threading.enumerate())
     engine = CheckpointEngine(root, RING_8_MIB)
     await engine.create("a")
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(quietly(engine.aclose())) for _ in range(5)]
     assert [task.result() for task in tasks].count(None) == 4
-    for thread in set(threading.enumerate()) - before:
-        if thread.name == "aiockpt-engine":
-            # It has told that it has ended, and may still be on its way out.
-            await asyncio.to_thread(thread.join)
 
 
 async def test_a_commit_under_way_is_finished_by_closing(root, monkeypatch):
