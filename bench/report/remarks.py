@@ -39,8 +39,9 @@ _GAP = Remark(
         "`preflight` collects garbage once, before step 1."
     ),
     remains=(
-        "without a preflight the collector's first run: not ours to forbid. On a busier "
-        "machine later saves had gaps of 15 to 30 ms (results of 2026-11-28)."
+        "without a preflight the collector's first run: not ours to forbid. In some "
+        "runs later saves have gaps of 15 to 32 ms (those of cb21a32, and of "
+        "2026-11-28), in others of 5 at most."
     ),
 )
 _STEPS = Remark(
@@ -120,7 +121,7 @@ REMARKS: dict[str, Remark] = {
         tried=(
             "as for small tensors. The first plan takes a fifth longer since then, and "
             "so does the second, which finds where the numbers are that change. "
-            "Since these figures were taken it looks at all tensors once more, so "
+            "It looks at all tensors once more in the end, so "
             "that what changed meanwhile stands in no later save: 11 ms, timed alone."
         ),
         remains="five objects a record of a first plan are still counted by the collector.",
